@@ -1,0 +1,58 @@
+# The commands of the README. Each is complete on a fresh machine with python3 >= 3.10, g++ and make: the virtual
+# environment, the pinned packages and the build are made on the way, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+export MAX_JOBS := $(JOBS)
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint format bench build test-libraries gpu-check clean
+.DEFAULT_GOAL := demo
+
+demo: build
+	$(BIN)/python -m tokencomp demo
+
+test: build test-libraries
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal -q
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files '*.h' '*.cpp' '*.cu' | xargs $(BIN)/clang-format -i
+
+bench: build
+	$(BIN)/python bench/run.py
+
+# ---- environment and build -----------------------------------------------------------------------------------------
+
+# PyTorch first and alone: otherwise another package may pull in a different one.
+$(VENV)/installed: requirements/dev.txt requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c requirements/constraints.txt torch
+	$(BIN)/python -m pip install -q -c requirements/constraints.txt -r requirements/dev.txt
+	touch $@
+
+$(VENV)/tokencomp: pyproject.toml setup.py $(VENV)/installed
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+build: $(VENV)/tokencomp
+	$(BIN)/python setup.py -q build_ext --inplace
+
+test-libraries: build
+	$(BIN)/cmake --build build/cmake --target test_libraries -j $(JOBS)
+
+# ---- on a machine with a GPU ---------------------------------------------------------------------------------------
+# No network and no virtual environment: the Python given by PYTHON= brings PyTorch (CUDA), pybind11, cmake, ninja, pytest.
+gpu-check:
+	PYTHON=$(PYTHON) OUT=$(OUT) bash bench/gpu_check.sh
+
+clean:
+	rm -rf build out python/tokencomp/lib python/tokencomp/_host*.so

@@ -1,0 +1,327 @@
+// k-center selection on the CPU, compiled once per instruction-set level. One item at a time: norms, first centre, then
+// k picks by one of the three paths of kcenter_plan.h. The running state of a picked or invalid token is NaN, and so is
+// its score: NaN never compares as larger, so such tokens drop out of every scan without a branch.
+#include "cpu/kcenter_kernels.h"
+
+#include "core/dispatch.h"
+#include "core/order.h"
+#include "cpu/kcenter_pairs.h"
+#include "cpu/parallel.h"
+
+namespace tokencomp::cpu::TOKENCOMP_ISA {
+namespace {
+
+using namespace kcenter;
+
+constexpr int64_t kTaskElements = 1 << 18;  // products' elements worth handing to another thread: about 20 us
+
+// Key of the largest score, lowest index first; kNobody if all are NaN.
+OrderKey argmax(const float* score, int n) {
+  Vec best = broadcast(-INFINITY);
+  int i = 0;
+  for (; i + kWidth <= n; i += kWidth) best = max(load(score + i), best);
+  float top = maximum(best);
+  for (; i < n; ++i) top = score[i] > top ? score[i] : top;
+  const Vec wanted = broadcast(top);
+  for (i = 0; i + kWidth <= n; i += kWidth) {
+    if (const uint32_t hits = lanes_ge(load(score + i), wanted)) return order_key(top, i + __builtin_ctz(hits));
+  }
+  for (; i < n; ++i) {
+    if (score[i] >= top) return order_key(top, i);
+  }
+  return kNobody;
+}
+
+// At least about one task's worth of elements per range.
+int64_t grain_of(int C) { return kTaskElements / C + 1; }
+
+template <class T>
+class Selection {
+ public:
+  Selection(const Args& args, const CpuPlan& plan, const CpuScratch& scratch, int b)
+      : a(args),
+        s(scratch),
+        path(plan.path),
+        rule(rule_of(args)),
+        x{static_cast<const T*>(args.x) + b * args.x_stride_b, args.x_stride_n, args.C},
+        weight(args.weight ? args.weight + int64_t(b) * args.N : nullptr),
+        seed(args.seed ? args.seed + int64_t(b) * args.S : nullptr),
+        index(args.index + int64_t(b) * args.k),
+        value(args.value + int64_t(b) * args.k),
+        n(length_of(args, b)) {}
+
+  template <bool kL2>
+  void run() {
+    prepare();
+    const bool nearest_first = !seed && a.first == First::largest_nn;
+    if (path == CpuPath::gram || nearest_first) all_pairs<kL2>(nearest_first);
+    for (int pick = 0; pick < a.k; ++pick) {
+      const int token = choose<kL2>(pick);
+      if (token < 0) {
+        pick_leftover(pick);
+        continue;
+      }
+      index[pick] = token;
+      value[pick] = rule.value(s.state[token], weight_of(token), centres);
+      s.state[token] = s.score[token] = NAN;
+      s.centre[centres++] = token;
+      if (pick + 1 < a.k && path != CpuPath::lazy) update<kL2>(token);
+    }
+  }
+
+ private:
+  float weight_of(int i) const { return weight ? weight[i] : 1.0f; }
+
+  void rescore(int i) {
+    const float state = s.state[i];
+    const float score = rule.score(state, weight_of(i), centres);
+    s.score[i] = state != state ? NAN : score == score ? score : -INFINITY;
+  }
+
+  void prepare() {
+    parallel_for(n, grain_of(a.C), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        s.inverse_norm[i] = inverse_norm(product<false>(x[i], x[i], a.C));
+        s.state[i] = is_valid(s.inverse_norm[i]) ? rule.start() : NAN;
+        s.seen[i] = 0;
+        rescore(int(i));
+      }
+    });
+  }
+
+  template <bool kL2>
+  float cost(int i, int c) const {
+    return rule.cost(product<kL2>(x[i], x[c], a.C), s.inverse_norm[i], s.inverse_norm[c]);
+  }
+
+  // Multiplier that turns a product of rows (i, j) into its cost; the same arithmetic as Rule::cost.
+  Vec cost_scale(int i, const float* inverse_norm_j) const {
+    if (a.metric == Metric::cosine) return mul(broadcast(-s.inverse_norm[i]), load(inverse_norm_j));
+    return broadcast(a.metric == Metric::dot ? -1.0f : 1.0f);
+  }
+
+  // ---- choosing -----------------------------------------------------------------------------------------------------
+
+  template <bool kL2>
+  int choose(int pick) {
+    if (pick < a.S) {
+      const int token = seed[pick];
+      if (token >= 0 && token < n && s.state[token] == s.state[token]) {
+        if (path == CpuPath::lazy) refresh<kL2>(token, kNobody, products);
+        return token;
+      }
+    }
+    if (pick == 0 && !seed && a.first == First::largest_nn) return first_by_neighbour();
+    if (pick == 0 && !seed && a.first == First::centroid) return first_by_centroid<kL2>();
+    const OrderKey best = path == CpuPath::lazy && centres > 0 ? lazy_argmax<kL2>() : argmax(s.score, n);
+    return best == kNobody ? -1 : index_of(best);
+  }
+
+  // Valid tokens have run out: the invalid ones follow in index order, then holes.
+  void pick_leftover(int pick) {
+    while (leftover < n && is_valid(s.inverse_norm[leftover])) ++leftover;
+    index[pick] = leftover < n ? leftover++ : -1;
+    value[pick] = -INFINITY;
+  }
+
+  int first_by_neighbour() {
+    const Rule nearest = rule.nearest_neighbour();
+    OrderKey best = kNobody;
+    for (int i = 0; i < n; ++i) {
+      if (!is_valid(s.inverse_norm[i])) continue;
+      const OrderKey key = order_key(nearest.score(s.cost[i], weight_of(i), 1), i);
+      best = key > best ? key : best;
+    }
+    return best == kNobody ? -1 : index_of(best);
+  }
+
+  template <bool kL2>
+  int first_by_centroid() {
+    int valid = 0;
+    for (int i = 0; i < n; ++i) valid += is_valid(s.inverse_norm[i]);
+    parallel_for(a.C, 4 * kBlock, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) s.mean[c] = 0;
+      for (int i = 0; i < n; ++i) {
+        if (!is_valid(s.inverse_norm[i])) continue;
+        const T* row = x[i];
+        const float scale = a.metric == Metric::cosine ? s.inverse_norm[i] : 1.0f;
+        for (int64_t c = begin; c < end; ++c) s.mean[c] += scale * to_float(row[c]);
+      }
+      for (int64_t c = begin; c < end; ++c) s.mean[c] /= float(valid);
+    });
+    const Rows<float> mean{s.mean, 0, a.C};
+    OrderKey best = kNobody;
+    for (int i = 0; i < n; ++i) {
+      if (!is_valid(s.inverse_norm[i])) continue;
+      const float cost = rule.cost(product_with_floats<kL2>(x[i], mean[0], a.C), s.inverse_norm[i], 1.0f);
+      const OrderKey key = order_key(-cost, i);
+      best = key > best ? key : best;
+    }
+    return best == kNobody ? -1 : index_of(best);
+  }
+
+  // ---- streaming and matrix rows --------------------------------------------------------------------------------------
+
+  template <bool kL2>
+  void update(int centre) {
+    const bool gram = path == CpuPath::gram;
+    const float* costs = gram ? s.matrix + int64_t(centre) * a.N : s.cost;
+    parallel_for(n, gram ? kTaskElements : grain_of(a.C), [&](int64_t begin, int64_t end) {
+      if (!gram) {
+        for (int64_t i = begin; i < end; ++i) s.cost[i] = cost<kL2>(int(i), centre);
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        const float state = s.state[i];
+        s.state[i] = state == state ? rule.fold(state, costs[i]) : state;
+        rescore(int(i));
+      }
+    });
+  }
+
+  // ---- lazy -----------------------------------------------------------------------------------------------------------
+
+  // Folds in the centres token i has not seen, as long as its score could still beat `best`. Returns its key if it is up
+  // to date, else kNobody.
+  template <bool kL2>
+  OrderKey refresh(int i, OrderKey best, int64_t& products) {
+    OrderKey key = order_key(s.score[i], i);
+    while (s.seen[i] < centres) {
+      if (key <= best) return kNobody;
+      s.state[i] = rule.fold(s.state[i], cost<kL2>(i, s.centre[s.seen[i]++]));
+      rescore(i);
+      key = order_key(s.score[i], i);
+      ++products;
+    }
+    return key;
+  }
+
+  template <bool kL2>
+  OrderKey lazy_argmax() {
+    const OrderKey stale = argmax(s.score, n);
+    if (stale == kNobody) return kNobody;
+    int64_t total = 0;
+    OrderKey winner = refresh<kL2>(index_of(stale), kNobody, total);
+    // Worth sharing out if this pick takes about as many products as the last one; the first centre meets everybody.
+    const bool share = (centres == 1 ? n : products) * a.C >= 2 * kTaskElements;
+    parallel_for(n, share ? (n + thread_count() - 1) / thread_count() : n, [&](int64_t begin, int64_t end) {
+      int64_t mine = 0;
+      const OrderKey best = lazy_scan<kL2>(int(begin), int(end), winner, mine);
+      __atomic_fetch_add(&total, mine, __ATOMIC_RELAXED);
+      // The largest key wins whatever the order of arrival.
+      OrderKey seen = __atomic_load_n(&winner, __ATOMIC_RELAXED);
+      while (best > seen &&
+             !__atomic_compare_exchange_n(&winner, &seen, best, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+      }
+    });
+    products = total;
+    return winner;
+  }
+
+  template <bool kL2>
+  OrderKey lazy_scan(int begin, int end, const OrderKey& winner, int64_t& products) {
+    OrderKey best = __atomic_load_n(&winner, __ATOMIC_RELAXED);
+    for (int i = begin; i < end; i += kWidth) {
+      const int lanes = end - i < kWidth ? end - i : kWidth;
+      const Vec bound = broadcast(score_of(best));
+      uint32_t hits = lanes_ge(lanes == kWidth ? load(s.score + i) : load_some(s.score + i, lanes), bound);
+      hits &= uint32_t((uint64_t(1) << lanes) - 1);
+      for (; hits; hits &= hits - 1) {
+        const OrderKey key = refresh<kL2>(i + __builtin_ctz(hits), best, products);
+        best = key > best ? key : best;
+      }
+    }
+    return best;
+  }
+
+  // ---- all pairs ------------------------------------------------------------------------------------------------------
+
+  // Costs of every pair once: into the matrix (gram), and their row minima into s.cost (largest_nn).
+  template <bool kL2>
+  void all_pairs(bool nearest_first) {
+    parallel_for(s.slots, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) {
+        float* nearest = s.nearest + slot * padded(a.N);
+        for (int i = 0; i < n; ++i) nearest[i] = INFINITY;
+        int64_t turn = 0;
+        for (int row0 = 0; row0 < n; row0 += kBlock) {
+          for (int col0 = 0; col0 <= row0; col0 += kBlock) {
+            if (turn++ % s.slots == slot) pair_block<kL2>(row0, col0, nearest_first ? nearest : nullptr);
+          }
+        }
+      }
+    });
+    if (!nearest_first) return;
+    for (int i = 0; i < n; ++i) {
+      s.cost[i] = s.nearest[i];
+      for (int slot = 1; slot < s.slots; ++slot) {
+        const float other = s.nearest[slot * padded(a.N) + i];
+        s.cost[i] = other < s.cost[i] ? other : s.cost[i];
+      }
+    }
+  }
+
+  template <bool kL2>
+  void pair_block(int row0, int col0, float* nearest) {
+    alignas(64) float costs[kBlock][kBlock];
+    const int rows = n - row0 < kBlock ? n - row0 : kBlock, cols = n - col0 < kBlock ? n - col0 : kBlock;
+    block<kL2>(x, row0, rows, col0, cols, costs);
+    for (int r = 0; r < rows; ++r) {
+      const int i = row0 + r;
+      if (!is_valid(s.inverse_norm[i])) continue;
+      for (int c = 0; c < kBlock; c += kWidth) {
+        const float* inverse_norm = s.inverse_norm + col0 + c;
+        const Vec cost = mul(load(&costs[r][c]), cost_scale(i, inverse_norm));
+        store(&costs[r][c], fma(load(inverse_norm), broadcast(0), cost));  // NaN where the other row is invalid
+      }
+      if (s.matrix) {
+        for (int c = 0; c < cols; ++c) {
+          s.matrix[int64_t(i) * a.N + col0 + c] = costs[r][c];
+          s.matrix[int64_t(col0 + c) * a.N + i] = costs[r][c];
+        }
+      }
+      if (nearest) fold_nearest(i, col0, cols, costs[r], nearest);
+    }
+  }
+
+  static void fold_nearest(int i, int col0, int cols, float* costs, float* nearest) {
+    if (i - col0 < cols) costs[i - col0] = INFINITY;  // itself
+    Vec lowest = broadcast(INFINITY);
+    for (int c = cols; c < kBlock; ++c) costs[c] = INFINITY;
+    for (int c = 0; c < kBlock; c += kWidth) {
+      const Vec cost = load(costs + c);
+      lowest = min(cost, lowest);
+      store(nearest + col0 + c, min(cost, load(nearest + col0 + c)));
+    }
+    const float row = minimum(lowest);
+    nearest[i] = row < nearest[i] ? row : nearest[i];
+  }
+
+  const Args& a;
+  const CpuScratch& s;
+  const CpuPath path;
+  const Rule rule;
+  const Rows<T> x;
+  const float* weight;
+  const int* seed;
+  int* index;
+  float* value;
+  const int n;
+  int centres = 0;       // valid picks
+  int leftover = 0;      // where to look for the next invalid token
+  int64_t products = 0;  // of the latest lazy pick
+};
+
+}  // namespace
+
+void kcenter_select(const Args& args, const CpuPlan& plan, const CpuScratch& scratch, int b) {
+  dispatch_dtype(args.dtype, [&]<class T>() {
+    Selection<T> selection(args, plan, scratch, b);
+    if (args.metric == Metric::l2) {
+      selection.template run<true>();
+    } else {
+      selection.template run<false>();
+    }
+  });
+}
+
+}  // namespace tokencomp::cpu::TOKENCOMP_ISA

@@ -1,0 +1,39 @@
+// How a selection is carried out on the CPU: a pure function of the problem, tested without running anything.
+//
+//   lazy    max_min: running minima only shrink, so a stale one is an upper bound; a token meets the centres it has not
+//           seen yet only while its stale score could still win. Far fewer than k products per token.
+//   stream  max_sum: every pick updates every token with the newest centre, one pass over the tokens.
+//   gram    all pairs once through register tiles, then a pick reads one matrix row. Pays when picks are many.
+#pragma once
+
+#include <cstdint>
+
+#include "core/kcenter.h"
+
+namespace tokencomp::kcenter {
+
+enum class CpuPath { lazy, stream, gram };
+
+struct CpuPlan {
+  CpuPath path;
+  bool across_items;  // one thread per item; otherwise all threads share one item
+};
+
+// An N x N float matrix per item in flight is never made beyond this.
+constexpr int64_t kCpuGramLimitBytes = int64_t(64) << 20;
+
+// Measured break-even, in picks per token (bench/NOTES.md): half of the N^2 tile products cost as much as
+// k = N / kGramBreakEven passes.
+constexpr int kGramBreakEvenStream = 16;
+constexpr int kGramBreakEvenLazy = 2;
+
+inline CpuPlan plan_cpu(Objective objective, bool nonnegative_weights, int64_t B, int64_t N, int64_t k, int threads) {
+  const bool across = B >= threads;
+  const bool lazy = objective == Objective::max_min && nonnegative_weights;  // stale scores must be upper bounds
+  const int64_t matrix = N * N * int64_t(sizeof(float)) * (across ? threads : 1);
+  const bool many_picks = k * (lazy ? kGramBreakEvenLazy : kGramBreakEvenStream) >= N;
+  if (many_picks && matrix <= kCpuGramLimitBytes) return {CpuPath::gram, across};
+  return {lazy ? CpuPath::lazy : CpuPath::stream, across};
+}
+
+}  // namespace tokencomp::kcenter

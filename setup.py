@@ -1,0 +1,47 @@
+"""Builds the libraries with CMake; all metadata is in pyproject.toml.
+
+`pip install --no-build-isolation .` and `-e .`; environment: TOKENCOMP_CUDA=0|1|auto, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def tool(name: str) -> str:
+    """The pip-installed tool beside this Python if there is one, else the one on PATH."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else name
+
+
+class CMakeBuild(build_ext):
+    def run(self) -> None:
+        package = ROOT / "python/tokencomp" if self.inplace else Path(self.build_lib).resolve() / "tokencomp"
+        folder = ROOT / "build" / ("cmake" if self.inplace else "cmake-wheel")
+        options = {
+            "TOKENCOMP_PYTHON": sys.executable,
+            "Python_EXECUTABLE": sys.executable,
+            "TOKENCOMP_CUDA": os.environ.get("TOKENCOMP_CUDA", "auto"),
+            "TOKENCOMP_OUTPUT": str(package),
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
+        }
+        configure = [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+        configure += [f"-D{key}={value}" for key, value in options.items()]
+        # Configuring costs seconds: do it again only if it would be told something else. Ninja sees changed CMake files.
+        told = "\n".join([*configure, os.environ.get("TORCH_CUDA_ARCH_LIST", "")])
+        stamp = folder / "configured"
+        if not stamp.exists() or stamp.read_text() != told:
+            folder.mkdir(parents=True, exist_ok=True)
+            subprocess.run(configure, check=True)
+            stamp.write_text(told)
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
+        subprocess.run([tool("cmake"), "--build", str(folder), "--target", "package", "-j", jobs], check=True)
+
+
+setup(ext_modules=[Extension("tokencomp._host", sources=[])], cmdclass={"build_ext": CMakeBuild})
