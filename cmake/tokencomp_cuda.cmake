@@ -5,8 +5,8 @@ if(CCACHE)
   list(APPEND CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
 endif()
 
-# tokencomp_add_cuda_library(name, sources...): objects of the portable files and of the Hopper files, linked together.
-function(tokencomp_add_cuda_library name)
+# tokencomp_add_cuda_library(name, definition, sources...): objects of the portable files and of the Hopper files, linked together.
+function(tokencomp_add_cuda_library name definition)
   set(portable ${ARGN})
   list(FILTER portable EXCLUDE REGEX "_sm90\\.cu$")
   set(hopper ${ARGN})
@@ -24,6 +24,7 @@ function(tokencomp_add_cuda_library name)
   foreach(target ${name} ${name}_sm90)
     if(TARGET ${target})
       target_link_libraries(${target} PRIVATE tokencomp_options TorchStable::cuda)
+      target_compile_definitions(${target} PRIVATE ${definition} TOKENCOMP_KEY=CUDA)
       target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas -v -Xcompiler -Wall -lineinfo>)
       set_target_properties(${target} PROPERTIES CUDA_RUNTIME_LIBRARY Static)
     endif()
@@ -31,6 +32,12 @@ function(tokencomp_add_cuda_library name)
 endfunction()
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cu)
-tokencomp_add_cuda_library(tokencomp_cuda ${cuda_sources})
-target_compile_definitions(tokencomp_cuda PRIVATE TOKENCOMP_NAMESPACE=tokencomp TOKENCOMP_KEY=CUDA)
+tokencomp_add_cuda_library(tokencomp_cuda TOKENCOMP_NAMESPACE=tokencomp ${cuda_sources})
 set_target_properties(tokencomp_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${TOKENCOMP_OUTPUT}/lib)
+
+# Conformance kernels of the instruction wrappers; the injected bugs stay on the emulator.
+file(GLOB conformance_sources CONFIGURE_DEPENDS tests/emu/*.cu)
+list(FILTER conformance_sources EXCLUDE REGEX "/bugs[a-z_]*\\.cu$")
+tokencomp_add_cuda_library(tokencomp_test_cuda TOKENCOMP_TEST_NAMESPACE=tokencomp_test_cuda ${conformance_sources})
+set_target_properties(tokencomp_test_cuda PROPERTIES
+  LIBRARY_OUTPUT_DIRECTORY ${TOKENCOMP_TEST_LIBRARIES} EXCLUDE_FROM_ALL ON)

@@ -31,7 +31,7 @@ class ScratchMemory {
   ScratchMemory(const Args& a, const CpuPlan& plan, int slots) {
     const int64_t N = padded(a.N);
     const int64_t matrix = plan.path == CpuPath::gram ? int64_t(a.N) * a.N : 0;
-    memory_.reset(new float[4 * N + a.C + slots * N + N + a.k + matrix]);
+    memory_.reset(new float[4 * N + a.C + slots * N + 2 * N + a.k + matrix]);
     float* next = memory_.get();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
     scratch_.inverse_norm = take(N);
@@ -41,6 +41,7 @@ class ScratchMemory {
     scratch_.mean = take(a.C);
     scratch_.nearest = take(slots * N);
     scratch_.seen = reinterpret_cast<int*>(take(N));
+    scratch_.list = reinterpret_cast<int*>(take(N));
     scratch_.centre = reinterpret_cast<int*>(take(a.k));
     scratch_.matrix = matrix ? take(matrix) : nullptr;
     scratch_.slots = slots;

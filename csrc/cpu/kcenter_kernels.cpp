@@ -13,7 +13,8 @@ namespace {
 
 using namespace kcenter;
 
-constexpr int64_t kTaskElements = 1 << 18;  // products' elements worth handing to another thread: about 20 us
+// Elements read that are worth handing to another thread: about 50 us, what waking one costs under a passive wait policy.
+constexpr int64_t kTaskElements = 1 << 20;
 
 // Key of the largest score, lowest index first; kNobody if all are NaN.
 OrderKey argmax(const float* score, int n) {
@@ -89,11 +90,6 @@ class Selection {
     });
   }
 
-  template <bool kL2>
-  float cost(int i, int c) const {
-    return rule.cost(product<kL2>(x[i], x[c], a.C), s.inverse_norm[i], s.inverse_norm[c]);
-  }
-
   // Multiplier that turns a product of rows (i, j) into its cost; the same arithmetic as Rule::cost.
   Vec cost_scale(int i, const float* inverse_norm_j) const {
     if (a.metric == Metric::cosine) return mul(broadcast(-s.inverse_norm[i]), load(inverse_norm_j));
@@ -107,7 +103,7 @@ class Selection {
     if (pick < a.S) {
       const int token = seed[pick];
       if (token >= 0 && token < n && s.state[token] == s.state[token]) {
-        if (path == CpuPath::lazy) refresh<kL2>(token, kNobody, products);
+        if (path == CpuPath::lazy) refresh<kL2>(token);
         return token;
       }
     }
@@ -167,9 +163,7 @@ class Selection {
     const bool gram = path == CpuPath::gram;
     const float* costs = gram ? s.matrix + int64_t(centre) * a.N : s.cost;
     parallel_for(n, gram ? kTaskElements : grain_of(a.C), [&](int64_t begin, int64_t end) {
-      if (!gram) {
-        for (int64_t i = begin; i < end; ++i) s.cost[i] = cost<kL2>(int(i), centre);
-      }
+      if (!gram) costs_to<kL2>(centre, int(begin), int(end));
       for (int64_t i = begin; i < end; ++i) {
         const float state = s.state[i];
         s.state[i] = state == state ? rule.fold(state, costs[i]) : state;
@@ -178,34 +172,106 @@ class Selection {
     });
   }
 
+  // s.cost of tokens [begin, end) to one centre.
+  template <bool kL2>
+  void costs_to(int centre, int begin, int end) {
+    const T* c = x[centre];
+    for (int i = begin; i < end; i += kTileRows) {
+      const T* rows[kTileRows];
+      float products[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) rows[r] = x[i + r < end ? i + r : end - 1];
+      tile<kL2, kTileRows, 1>(rows, &c, a.C, products, 1);
+      for (int r = 0; r < kTileRows && i + r < end; ++r) {
+        s.cost[i + r] = rule.cost(products[r], s.inverse_norm[i + r], s.inverse_norm[centre]);
+      }
+    }
+  }
+
   // ---- lazy -----------------------------------------------------------------------------------------------------------
 
-  // Folds in the centres token i has not seen, as long as its score could still beat `best`. Returns its key if it is up
-  // to date, else kNobody.
-  template <bool kL2>
-  OrderKey refresh(int i, OrderKey best, int64_t& products) {
-    OrderKey key = order_key(s.score[i], i);
-    while (s.seen[i] < centres) {
-      if (key <= best) return kNobody;
-      s.state[i] = rule.fold(s.state[i], cost<kL2>(i, s.centre[s.seen[i]++]));
+  // Folds centres [from, from + cols) into up to kRows tokens, so that a loaded row serves several products. A token may
+  // meet a centre twice: a minimum does not mind.
+  template <bool kL2, int kRows>
+  void meet(const int* tokens, int count, int from, int cols) {
+    const T *rows[kRows], *columns[kTileCols];
+    for (int r = 0; r < kRows; ++r) rows[r] = x[tokens[r < count ? r : 0]];
+    for (int c = 0; c < kTileCols; ++c) columns[c] = x[s.centre[from + (c < cols ? c : 0)]];
+    float products[kRows][kTileCols];
+    tile<kL2, kRows, kTileCols>(rows, columns, a.C, products[0], kTileCols);
+    for (int r = 0; r < count; ++r) {
+      const int i = tokens[r];
+      for (int c = 0; c < cols; ++c) {
+        const float cost = rule.cost(products[r][c], s.inverse_norm[i], s.inverse_norm[s.centre[from + c]]);
+        s.state[i] = rule.fold(s.state[i], cost);
+      }
+      s.seen[i] = from + cols;
       rescore(i);
-      key = order_key(s.score[i], i);
-      ++products;
     }
-    return key;
+  }
+
+  OrderKey key_of(int i) const { return order_key(s.score[i], i); }
+
+  // Lets the listed tokens meet the centres they have not seen. A token joins when the sweep reaches its first unseen
+  // centre and drops out when its score no longer beats `best`. Returns the largest key of those that met all centres,
+  // or `best`. Reorders the list.
+  template <bool kL2>
+  OrderKey sweep(int* list, int count, OrderKey best, int64_t& products) {
+    int from = centres;
+    for (int j = 0; j < count; ++j) from = s.seen[list[j]] < from ? s.seen[list[j]] : from;
+    from -= from % kTileCols;
+    for (; from < centres && count > 0; from += kTileCols) {
+      const int cols = centres - from < kTileCols ? centres - from : kTileCols;
+      int ready[kTileRows], waiting = 0, kept = 0;
+      for (int j = 0; j < count; ++j) {
+        const int i = list[j];
+        if (key_of(i) <= best) continue;
+        list[kept++] = i;
+        if (s.seen[i] >= from + cols) continue;
+        ready[waiting++] = i;
+        if (waiting < kTileRows) continue;
+        meet<kL2, kTileRows>(ready, waiting, from, cols);
+        products += waiting * cols;
+        waiting = 0;
+      }
+      if (waiting == 1) {
+        meet<kL2, 1>(ready, waiting, from, cols);
+      } else if (waiting > 1) {
+        meet<kL2, kTileRows>(ready, waiting, from, cols);
+      }
+      products += waiting * cols;
+      count = kept;
+    }
+    for (int j = 0; j < count; ++j) best = key_of(list[j]) > best ? key_of(list[j]) : best;
+    return best;
   }
 
   template <bool kL2>
+  void refresh(int token) {
+    sweep<kL2>(&token, 1, kNobody, products);
+  }
+
+  // Probe: the tokens of largest stale score meet all centres together; the best of them is a bound that few others
+  // beat. Those few are then swept, in parallel where it is worth it.
+  template <bool kL2>
   OrderKey lazy_argmax() {
-    const OrderKey stale = argmax(s.score, n);
-    if (stale == kNobody) return kNobody;
+    int probe[kTileRows];
+    float stale[kTileRows];
+    int probes = 0;
+    for (OrderKey key; probes < kTileRows && (key = argmax(s.score, n)) != kNobody; ++probes) {
+      probe[probes] = index_of(key);
+      stale[probes] = s.score[probe[probes]];
+      s.score[probe[probes]] = NAN;
+    }
+    for (int j = 0; j < probes; ++j) s.score[probe[j]] = stale[j];
     int64_t total = 0;
-    OrderKey winner = refresh<kL2>(index_of(stale), kNobody, total);
+    OrderKey winner = sweep<kL2>(probe, probes, kNobody, total);
+    const int hits = collect(winner);
     // Worth sharing out if this pick takes about as many products as the last one; the first centre meets everybody.
     const bool share = (centres == 1 ? n : products) * a.C >= 2 * kTaskElements;
-    parallel_for(n, share ? (n + thread_count() - 1) / thread_count() : n, [&](int64_t begin, int64_t end) {
+    parallel_for(hits, share ? (hits + thread_count() - 1) / thread_count() : hits, [&](int64_t begin, int64_t end) {
       int64_t mine = 0;
-      const OrderKey best = lazy_scan<kL2>(int(begin), int(end), winner, mine);
+      const OrderKey bound = __atomic_load_n(&winner, __ATOMIC_RELAXED);
+      const OrderKey best = sweep<kL2>(s.list + begin, int(end - begin), bound, mine);
       __atomic_fetch_add(&total, mine, __ATOMIC_RELAXED);
       // The largest key wins whatever the order of arrival.
       OrderKey seen = __atomic_load_n(&winner, __ATOMIC_RELAXED);
@@ -217,20 +283,19 @@ class Selection {
     return winner;
   }
 
-  template <bool kL2>
-  OrderKey lazy_scan(int begin, int end, const OrderKey& winner, int64_t& products) {
-    OrderKey best = __atomic_load_n(&winner, __ATOMIC_RELAXED);
-    for (int i = begin; i < end; i += kWidth) {
-      const int lanes = end - i < kWidth ? end - i : kWidth;
-      const Vec bound = broadcast(score_of(best));
+  // Lists the tokens whose stale score beats `best`.
+  int collect(OrderKey best) {
+    const Vec bound = broadcast(score_of(best));
+    int count = 0;
+    for (int i = 0; i < n; i += kWidth) {
+      const int lanes = n - i < kWidth ? n - i : kWidth;
       uint32_t hits = lanes_ge(lanes == kWidth ? load(s.score + i) : load_some(s.score + i, lanes), bound);
-      hits &= uint32_t((uint64_t(1) << lanes) - 1);
-      for (; hits; hits &= hits - 1) {
-        const OrderKey key = refresh<kL2>(i + __builtin_ctz(hits), best, products);
-        best = key > best ? key : best;
+      for (hits &= uint32_t((uint64_t(1) << lanes) - 1); hits; hits &= hits - 1) {
+        const int token = i + __builtin_ctz(hits);
+        if (key_of(token) > best) s.list[count++] = token;
       }
     }
-    return best;
+    return count;
   }
 
   // ---- all pairs ------------------------------------------------------------------------------------------------------
@@ -274,12 +339,13 @@ class Selection {
         store(&costs[r][c], fma(load(inverse_norm), broadcast(0), cost));  // NaN where the other row is invalid
       }
       if (s.matrix) {
-        for (int c = 0; c < cols; ++c) {
-          s.matrix[int64_t(i) * a.N + col0 + c] = costs[r][c];
-          s.matrix[int64_t(col0 + c) * a.N + i] = costs[r][c];
-        }
+        for (int c = 0; c < cols; ++c) s.matrix[int64_t(i) * a.N + col0 + c] = costs[r][c];
       }
       if (nearest) fold_nearest(i, col0, cols, costs[r], nearest);
+    }
+    if (!s.matrix) return;
+    for (int c = 0; c < cols; ++c) {  // transposed, one contiguous piece of a row at a time
+      for (int r = 0; r < rows; ++r) s.matrix[int64_t(col0 + c) * a.N + row0 + r] = costs[r][c];
     }
   }
 

@@ -20,6 +20,7 @@ struct CpuScratch {
   float* mean;          // [C]
   float* nearest;       // [slots, padded(N)] nearest-neighbour costs seen by each task of the all-pairs pass
   int* seen;            // [N] centres folded into the state (lazy)
+  int* list;            // [N] tokens a lazy pick looks at
   int* centre;          // [k] valid picks so far
   float* matrix;        // [N, N] costs (gram), or null
   int slots;

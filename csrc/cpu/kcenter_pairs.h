@@ -1,7 +1,7 @@
-// Products between rows: one pair, and all pairs in register tiles. Included by kcenter_kernels.cpp only.
+// Products between rows, in register tiles. Included by kcenter_kernels.cpp only.
 //
-// A tile keeps kTileRows x kTileCols accumulators in registers while it walks the channels; a block of kBlock x kBlock
-// pairs is the unit that is handed out to threads. Only blocks on or below the diagonal are computed.
+// A tile keeps one accumulator per pair in registers while it walks the channels, so that a loaded row serves several
+// pairs; a block of kBlock x kBlock pairs is the unit of all-pairs work.
 #pragma once
 
 #include "core/kcenter.h"
@@ -19,9 +19,6 @@ struct Rows {
   int C;
   TC_INLINE_MEMBER const T* operator[](int64_t i) const { return base + i * stride; }
 };
-
-template <bool kL2, class T>
-constexpr int kStep = kL2 ? kWidth : kPack<T>;
 
 template <bool kL2, class T>
 TC_INLINE Vec accumulate(const T* a, const T* b, Vec acc) {
@@ -43,21 +40,7 @@ TC_INLINE Vec accumulate_some(const T* a, const T* b, int n, Vec acc) {
   }
 }
 
-// Dot product, or sum of squared differences, of two rows. Four chains hide the latency of the additions.
-template <bool kL2, class T>
-TC_INLINE float product(const T* a, const T* b, int C) {
-  constexpr int step = kStep<kL2, T>;
-  Vec acc[4] = {broadcast(0), broadcast(0), broadcast(0), broadcast(0)};
-  int c = 0;
-  for (; c + 4 * step <= C; c += 4 * step) {
-    for (int u = 0; u < 4; ++u) acc[u] = accumulate<kL2>(a + c + u * step, b + c + u * step, acc[u]);
-  }
-  for (; c + step <= C; c += step) acc[0] = accumulate<kL2>(a + c, b + c, acc[0]);
-  if (c < C) acc[1] = accumulate_some<kL2>(a + c, b + c, C - c, acc[1]);
-  return sum(add(add(acc[0], acc[1]), add(acc[2], acc[3])));
-}
-
-// The same against a row of floats (a mean), whatever the type of the first.
+// Product of a row with a row of floats (a mean).
 template <bool kL2, class T>
 TC_INLINE float product_with_floats(const T* a, const float* b, int C) {
   Vec acc = broadcast(0);
@@ -71,51 +54,69 @@ TC_INLINE float product_with_floats(const T* a, const float* b, int C) {
   return sum(acc);
 }
 
-constexpr int kBlock = kPairBlock;      // 64 rows x 1024 channels x 4 B = 256 KiB: the row panel stays in L2
-constexpr int kChannelsPerPass = 1024;  // the column tile of a pass (4 x 4 KiB) stays in L1
+constexpr int kChannelsPerPass = 1024;  // 8 rows x 4 KiB of a tile stay in L1
 
-// products[r][c] += over channels [begin, end) of up to kTileRows x kTileCols pairs. Missing rows repeat the last one,
-// so that a pair is summed in the same order wherever it falls in a tile.
-template <bool kL2, class T>
-TC_INLINE void tile(const Rows<T>& x, int row0, int rows, int col0, int cols, int begin, int end,
-                    float (*products)[kBlock]) {
-  constexpr int step = kStep<kL2, T>;
-  const T *a[kTileRows], *b[kTileCols];
-  for (int r = 0; r < kTileRows; ++r) a[r] = x[row0 + (r < rows ? r : rows - 1)];
-  for (int c = 0; c < kTileCols; ++c) b[c] = x[col0 + (c < cols ? c : cols - 1)];
-  Vec acc[kTileRows][kTileCols];
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int c = 0; c < kTileCols; ++c) acc[r][c] = broadcast(0);
+// out[r * stride + c] += product of rows a[r] and b[c] over channels [begin, end), r < kRows, c < kCols.
+template <bool kL2, int kRows, int kCols, class T>
+TC_INLINE void tile_pass(const T* const* a, const T* const* b, int begin, int end, float* out, int stride) {
+  constexpr int step = kL2 ? kWidth : kPack<T>;
+  Vec acc[kRows][kCols];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) acc[r][c] = broadcast(0);
   }
   int ch = begin;
   for (; ch + step <= end; ch += step) {
-    for (int r = 0; r < kTileRows; ++r) {
-      for (int c = 0; c < kTileCols; ++c) acc[r][c] = accumulate<kL2>(a[r] + ch, b[c] + ch, acc[r][c]);
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kCols; ++c) acc[r][c] = accumulate<kL2>(a[r] + ch, b[c] + ch, acc[r][c]);
     }
   }
   if (ch < end) {
-    for (int r = 0; r < kTileRows; ++r) {
-      for (int c = 0; c < kTileCols; ++c) acc[r][c] = accumulate_some<kL2>(a[r] + ch, b[c] + ch, end - ch, acc[r][c]);
+    for (int r = 0; r < kRows; ++r) {
+      for (int c = 0; c < kCols; ++c) acc[r][c] = accumulate_some<kL2>(a[r] + ch, b[c] + ch, end - ch, acc[r][c]);
     }
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < cols; ++c) products[r][c] += sum(acc[r][c]);
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) out[r * stride + c] += sum(acc[r][c]);
   }
 }
 
-// All products of rows [row0, row0 + rows) with rows [col0, col0 + cols).
+// out[r * stride + c] = product of rows a[r] and b[c]: dot product, or sum of squared differences. Every path goes
+// through here and a pair is always summed in the same order, whatever tile it falls in: the paths agree bit by bit.
+template <bool kL2, int kRows, int kCols, class T>
+TC_INLINE void tile(const T* const* a, const T* const* b, int C, float* out, int stride) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kCols; ++c) out[r * stride + c] = 0;
+  }
+  for (int begin = 0; begin < C; begin += kChannelsPerPass) {
+    const int end = begin + kChannelsPerPass < C ? begin + kChannelsPerPass : C;
+    tile_pass<kL2, kRows, kCols>(a, b, begin, end, out, stride);
+  }
+}
+
+template <bool kL2, class T>
+TC_INLINE float product(const T* a, const T* b, int C) {
+  float out;
+  tile<kL2, 1, 1>(&a, &b, C, &out, 1);
+  return out;
+}
+
+constexpr int kBlock = kPairBlock;  // 64 rows x 4 KiB per pass = 256 KiB: the row panel stays in L2
+
+// All products of rows [row0, row0 + rows) with rows [col0, col0 + cols). Tiles at the edge repeat the last row.
 template <bool kL2, class T>
 TC_INLINE void block(const Rows<T>& x, int row0, int rows, int col0, int cols, float (*products)[kBlock]) {
-  for (int r = 0; r < rows; ++r) {
+  for (int r = 0; r < kBlock; ++r) {
     for (int c = 0; c < kBlock; ++c) products[r][c] = 0;
   }
   for (int begin = 0; begin < x.C; begin += kChannelsPerPass) {
     const int end = begin + kChannelsPerPass < x.C ? begin + kChannelsPerPass : x.C;
     for (int c = 0; c < cols; c += kTileCols) {
+      const T* b[kTileCols];
+      for (int u = 0; u < kTileCols; ++u) b[u] = x[col0 + (c + u < cols ? c + u : cols - 1)];
       for (int r = 0; r < rows; r += kTileRows) {
-        tile<kL2>(x, row0 + r, rows - r < kTileRows ? rows - r : kTileRows, col0 + c,
-                  cols - c < kTileCols ? cols - c : kTileCols, begin, end,
-                  reinterpret_cast<float(*)[kBlock]>(&products[r][c]));
+        const T* a[kTileRows];
+        for (int u = 0; u < kTileRows; ++u) a[u] = x[row0 + (r + u < rows ? r + u : rows - 1)];
+        tile_pass<kL2, kTileRows, kTileCols>(a, b, begin, end, &products[r][c], kBlock);
       }
     }
   }

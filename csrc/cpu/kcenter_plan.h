@@ -24,7 +24,7 @@ constexpr int64_t kCpuGramLimitBytes = int64_t(64) << 20;
 
 // Measured break-even, in picks per token (bench/NOTES.md): half of the N^2 tile products cost as much as
 // k = N / kGramBreakEven passes.
-constexpr int kGramBreakEvenStream = 16;
+constexpr int kGramBreakEvenStream = 8;
 constexpr int kGramBreakEvenLazy = 2;
 
 inline CpuPlan plan_cpu(Objective objective, bool nonnegative_weights, int64_t B, int64_t N, int64_t k, int threads) {

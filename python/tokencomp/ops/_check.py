@@ -1,0 +1,75 @@
+"""Checks of values, which need the data: shapes, dtypes and devices are checked once, in the operator itself.
+
+On CPU they always run. On CUDA they would wait for the device, so they run only under
+``TOKENCOMP_CHECKED=1`` (and then cannot be captured in a CUDA graph). While a graph is traced there is no data
+to look at.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def checked(*tensors: Tensor | None) -> bool:
+    """Whether the values of all ``tensors`` that are there may be looked at."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(t is None or _readable(t) for t in tensors)
+
+
+def _readable(t: Tensor) -> bool:
+    if isinstance(t, FakeTensor):
+        return False
+    return t.device.type == "cpu" or (t.device.type == "cuda" and os.environ.get("TOKENCOMP_CHECKED") == "1")
+
+
+def as_int32(t: Tensor | None) -> Tensor | None:
+    """Any integer dtype to contiguous int32; another dtype is left for the operator to refuse."""
+    if t is None or t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+        return t
+    return t.to(torch.int32).contiguous()
+
+
+def as_float32(t: Tensor | None) -> Tensor | None:
+    """Any integer or float dtype to contiguous float32; another dtype is left for the operator to refuse."""
+    if t is None or t.dtype == torch.bool or t.is_complex():
+        return t
+    return t.to(torch.float32).contiguous()
+
+
+def check_lengths(op: str, lengths: Tensor, n: int) -> None:
+    """Raise ValueError unless every length is in [0, N]."""
+    _refuse(op, "lengths", f"in [0, N={n}]", lengths, (lengths < 0) | (lengths > n))
+
+
+def check_weight(op: str, weight: Tensor) -> None:
+    """Raise ValueError unless every weight is finite and not negative."""
+    _refuse(op, "weight", "finite and >= 0", weight, ~(torch.isfinite(weight) & (weight >= 0)))
+
+
+def check_seed(op: str, seed: Tensor, n: int, lengths: Tensor | None) -> None:
+    """Raise ValueError unless each row of ``seed`` [B, s] holds distinct tokens below the item's length.
+
+    Rows of items without any token (length 0) are not looked at: there is nothing they could name.
+    """
+    limits = torch.full((seed.shape[0],), n, device=seed.device) if lengths is None else lengths
+    bad = ((seed < 0) | (seed >= limits[:, None])) & (limits[:, None] > 0)
+    if bool(bad.any()):
+        b, j = (int(i) for i in bad.nonzero()[0])
+        bound = f"N={n}" if lengths is None else f"length={int(limits[b])}"
+        raise ValueError(f"{op}: seed must be in [0, {bound}), got {int(seed[b, j])} in item {b}")
+    ordered = seed.sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (limits[:, None] > 0)
+    if bool(repeated.any()):
+        b, j = (int(i) for i in repeated.nonzero()[0])
+        raise ValueError(
+            f"{op}: seed must hold distinct tokens per item, got {int(ordered[b, j])} twice in item {b}"
+        )
+
+
+def _refuse(op: str, argument: str, expected: str, values: Tensor, bad: Tensor) -> None:
+    if bool(bad.any()):
+        where = bad.nonzero()[0].tolist()
+        raise ValueError(f"{op}: {argument} must be {expected}, got {values[tuple(where)].item()} at {where}")

@@ -1,0 +1,61 @@
+"""The one place that knows in which ``torch.ops`` namespace the operators live.
+
+The product has one, ``tokencomp``; tests switch to ``tokencomp_emu``, where the CUDA kernels run on the
+emulator.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_active = "tokencomp"
+_namespaces: list[str] = []
+_fakes: dict[str, Callable[..., Any]] = {}
+
+
+def op(name: str) -> Any:
+    """The operator ``name`` of the active namespace."""
+    return getattr(getattr(torch.ops, _active), name)
+
+
+def op_names() -> list[str]:
+    """Every operator that has a fake kernel, in alphabetical order."""
+    return sorted(_fakes)
+
+
+def fake(name: str) -> Callable[[F], F]:
+    """Decorator: the shape function of operator ``name``, for every namespace that is or will be loaded."""
+
+    def remember(function: F) -> F:
+        _fakes[name] = function
+        for namespace in _namespaces:
+            torch.library.register_fake(f"{namespace}::{name}", function)
+        return function
+
+    return remember
+
+
+def add_namespace(namespace: str) -> None:
+    """Announce that the operators of ``namespace`` are loaded."""
+    if namespace in _namespaces:
+        return
+    _namespaces.append(namespace)
+    for name, function in _fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", function)
+
+
+@contextmanager
+def use_namespace(namespace: str) -> Iterator[None]:
+    """Send every wrapper to ``namespace`` while the context is open (tests only)."""
+    global _active
+    if namespace not in _namespaces:
+        raise ValueError(f"use_namespace: namespace must be one of {_namespaces}, got {namespace!r}")
+    previous, _active = _active, namespace
+    try:
+        yield
+    finally:
+        _active = previous

@@ -1,0 +1,63 @@
+"""Where operators run in the tests: the CPU library, the CUDA sources on the emulator, a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Inputs
+from tokencomp import _load, ops
+from tokencomp.ops import _namespace
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "build" / "lib" / "libtokencomp_emu.so"
+
+
+def cuda_missing() -> str:
+    """Why the CUDA back end cannot run here; empty where it can."""
+    cuda = _load.libraries()["cuda"]
+    return "" if cuda.loaded else cuda.reason
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where an operator runs: its namespace and the device its tensors live on."""
+
+    name: str
+    namespace: str
+    device: str
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with _namespace.use_namespace(self.namespace):
+            yield
+
+    def kcenter(self, x: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
+        """``ops.kcenter_greedy`` on this back end; arguments from the CPU, results to the CPU."""
+        call = Inputs(x, k, options).to(self.device)
+        with self.active():
+            index, value = ops.kcenter_greedy(call.x, call.k, **call.options)
+        return index.cpu(), value.cpu()
+
+    def kernel(self, x: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
+        """The operator below the wrapper: values are not checked in Python."""
+        call = Inputs(x, k, options).to(self.device)
+        index, value = getattr(torch.ops, self.namespace).kcenter_greedy(call.x, call.k, **call.options)
+        return index.cpu(), value.cpu()
+
+
+def make_backend(name: str) -> Backend:
+    if name == "cpu":
+        return Backend("cpu", "tokencomp", "cpu")
+    if name == "emu":
+        if not EMULATOR.is_file():
+            pytest.fail(f"{EMULATOR.relative_to(ROOT)} is missing: build it with `make test-libraries`")
+        _load.load_emulator(EMULATOR)
+        return Backend("emu", "tokencomp_emu", "cpu")
+    if cuda_missing():
+        pytest.skip(cuda_missing())
+    return Backend("cuda", "tokencomp", "cuda")

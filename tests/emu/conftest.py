@@ -1,0 +1,9 @@
+"""``device``: where a conformance test runs. ``race`` is the emulator under the race, bounds and initialisation checker."""
+
+import pytest
+from libraries import Device, make_device
+
+
+@pytest.fixture(params=["emu", "race", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> Device:
+    return make_device(request.param)

@@ -1,0 +1,23 @@
+"""A few small selections on the GPU, one per kernel plan, to be run under compute-sanitizer (see
+bench/gpu_check.sh).
+"""
+
+import tokencomp
+import torch
+from tokencomp.ops import kcenter_greedy
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, k in (((1, 97, 64), 11), ((3, 130, 72), 40), ((1, 600, 128), 5)):
+            x = torch.randn(shape, device="cuda").to(dtype)
+            for first in ("largest_nn", "index0", "centroid"):
+                index, _ = kcenter_greedy(x, k, first=first)
+                assert int(index.min()) >= 0
+    torch.cuda.synchronize()
+    print("tokencomp", tokencomp.__version__, "done")
+
+
+if __name__ == "__main__":
+    main()

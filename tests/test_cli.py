@@ -1,0 +1,144 @@
+"""The command line, run as users run it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokencomp
+import torch
+from backends import ROOT
+from tokencomp import cli, methods, ops
+
+PACKAGE = Path(tokencomp.__file__).resolve().parent.parent
+
+
+def run(*arguments: str, folder: Path, blocked: str = "") -> subprocess.CompletedProcess[str]:
+    """``python -m tokencomp``, optionally with one package hidden."""
+    hide = f"import sys; sys.modules[{blocked!r}] = None; " if blocked else "import sys; "
+    program = (
+        hide
+        + f"sys.argv = ['tokencomp', *{arguments!r}]; "
+        + "import runpy; runpy.run_module('tokencomp', run_name='__main__')"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(
+        command, env=env, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_demo_prints_tables_and_draws_pictures(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("sklearn")
+    done = run("demo", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pictures = re.findall(r"picture: (\S+)", done.stdout)
+    assert pictures == ["out/demo_china.png", "out/demo_flower.png"]
+    for picture in pictures:
+        with image.open(tmp_path / picture) as sheet:
+            assert sheet.width > 3 * 640
+            assert sheet.height > 2 * 416
+            assert len(sheet.convert("RGB").getcolors(1 << 24)) > 10_000  # photographs, not blank panels
+    radius = {
+        name: float(r)
+        for name, r in re.findall(r"^  (k-center|random|uniform).*?(\d\.\d{3})", done.stdout, re.M)
+    }
+    assert radius["k-center"] < min(radius["random"], radius["uniform"])
+    assert len(re.findall(r"x faster than the PyTorch loop", done.stdout)) == 2
+
+
+@pytest.mark.parametrize("missing", ["sklearn.datasets", "PIL"])
+def test_demo_says_what_it_needs(tmp_path: Path, missing: str) -> None:
+    done = run("demo", folder=tmp_path, blocked=missing)
+    assert done.returncode == 1
+    assert "demo: needs scikit-learn and pillow" in done.stderr
+    assert "pip install 'tokencomp[demo]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_demo_refuses_a_bad_share(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--keep", "0"]) == 2
+    assert "--keep must be in (0, 1], got 0.0" in capsys.readouterr().err
+
+
+def test_info_names_back_ends_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    assert tokencomp.__version__ in said
+    assert re.search(r"^cpu back end +loaded$", said, re.M)
+    assert re.search(r"^cuda back end +(loaded|not loaded: .+)$", said, re.M)
+    assert re.search(
+        rf"^instruction set +{tokencomp.cpu_features()['active']} \(available: scalar", said, re.M
+    )
+
+
+def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    said = capsys.readouterr().out
+    for entry in methods.all_methods():
+        assert f"{entry.name}  ({entry.cls.__name__}, arXiv {entry.paper})" in said
+        assert all(knob.help in said for knob in entry.knobs)
+
+
+def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["frobnicate"])
+    assert stop.value.code == 2
+    assert "invalid choice: 'frobnicate'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_writes_results(tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--quick", "--check", "--out", "RESULTS.md"]
+    done = run("bench", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = (tmp_path / "RESULTS.md").read_text()
+    assert "- cpu: " in said
+    assert "## kcenter" in said
+    assert "Quick run" in said
+
+
+def test_bench_outside_a_checkout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(ROOT / "elsewhere" / "python" / "tokencomp" / "cli.py"))
+    assert cli.main(["bench"]) == 1
+    assert "this installation is not in one" in capsys.readouterr().err
+
+
+def test_a_missing_build_is_one_readable_error(tmp_path: Path) -> None:
+    """A checkout that was never built: the first import says how to build it."""
+    package = tmp_path / "tokencomp"
+    package.mkdir()
+    for name in ("__init__.py", "_load.py"):
+        (package / name).write_text((PACKAGE / "tokencomp" / name).read_text())
+    done = subprocess.run(
+        [sys.executable, "-c", "import tokencomp"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "ImportError: tokencomp: the host module is not usable" in done.stderr
+    assert "pip install -e . --no-build-isolation" in done.stderr
+
+
+def test_uniform_grid_is_even() -> None:
+    demo = pytest.importorskip("tokencomp.demo")
+    for rows, columns, k in ((26, 40, 104), (26, 40, 1), (5, 3, 15), (7, 9, 11)):
+        kept = demo.uniform_grid(rows, columns, k).tolist()
+        assert len(set(kept)) == k
+        assert min(kept) >= 0
+        assert max(kept) < rows * columns
+
+
+def test_demo_quality_by_hand() -> None:
+    demo = pytest.importorskip("tokencomp.demo")
+    x = torch.tensor([[[1.0, 0], [0, 2], [3, 3]]])
+    kept, _ = ops.kcenter_greedy(x, 2, first="index0")
+    assert kept.tolist() == [[0, 1]]
+    measured = demo.quality(x, kept[0].long())
+    assert measured.radius == pytest.approx(1 - 0.5**0.5)
+    assert measured.similarity == pytest.approx((2 + 0.5**0.5) / 3)
