@@ -1,6 +1,7 @@
 """Builds the libraries with CMake; all metadata is in pyproject.toml.
 
-`pip install --no-build-isolation .` and `-e .`; environment: TOKENCOMP_CUDA=0|1|auto, TORCH_CUDA_ARCH_LIST, MAX_JOBS.
+`pip install --no-build-isolation .` and `-e .` both work. Environment: TOKENCOMP_CUDA=0|1|auto,
+TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 """
 
 import os
@@ -20,7 +21,7 @@ def tool(name: str) -> str:
     return str(beside) if beside.exists() else name
 
 
-class CMakeBuild(build_ext):
+class CMakeBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
     def run(self) -> None:
         package = ROOT / "python/tokencomp" if self.inplace else Path(self.build_lib).resolve() / "tokencomp"
         folder = ROOT / "build" / ("cmake" if self.inplace else "cmake-wheel")
@@ -33,7 +34,7 @@ class CMakeBuild(build_ext):
         }
         configure = [tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
         configure += [f"-D{key}={value}" for key, value in options.items()]
-        # Configuring costs seconds: do it again only if it would be told something else. Ninja sees changed CMake files.
+        # Configuring costs seconds: only if it would be told something else. Ninja sees changed CMake files.
         told = "\n".join([*configure, os.environ.get("TORCH_CUDA_ARCH_LIST", "")])
         stamp = folder / "configured"
         if not stamp.exists() or stamp.read_text() != told:

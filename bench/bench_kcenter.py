@@ -2,8 +2,9 @@
 
     python bench/bench_kcenter.py [--device cpu|cuda] [--out file.json] [--check] [--quick]
 
-Shapes: LLaVA-1.5 (576 tokens of 1024 channels, 10 %), LLaVA-NeXT (2880 tokens of 4096 channels, 10 %), a
-batch of 8. Gaussian tokens are the worst case of farthest-first traversal; real tokens come in clusters.
+Shapes: LLaVA-1.5 (576 tokens of 1024 channels, 10 %), LLaVA-NeXT (2880 tokens, 10 %) before and after its
+projector, a batch of 8. Gaussian tokens are the worst case of farthest-first traversal; real tokens come in
+clusters.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tokencomp.ops.kcenter import First, Objective
 from tokencomp.reference.kcenter_plain import plain_loop, plain_matrix
 from torch import Tensor
 
-SHAPES = ((1, 576, 1024, 58), (1, 2880, 4096, 288), (8, 576, 1024, 64))
+SHAPES = ((1, 576, 1024, 58), (1, 2880, 1024, 288), (1, 2880, 4096, 288), (8, 576, 1024, 64))
 DTYPES = (torch.float32, torch.bfloat16)
 OBJECTIVES: tuple[Objective, ...] = ("max_min", "max_sum")
 FIRSTS: tuple[First, ...] = ("index0", "largest_nn")

@@ -34,7 +34,7 @@ step build 200 "$PYTHON" setup.py -q build_ext --inplace
 step build_tests 150 cmake --build build/cmake --target tokencomp_test_cuda tokencomp_test_emu tokencomp_emu -j "$MAX_JOBS"
 step conformance 60 "$PYTHON" -m pytest -q -m cuda tests/emu
 step tests 150 "$PYTHON" -m pytest -q -m "cuda and not slow" tests --ignore tests/emu
-step bench 120 "$PYTHON" bench/run.py --device cuda --out "$OUT/bench.json"
+step bench 120 "$PYTHON" bench/run.py --device cuda --check --out "$OUT/bench.md" --json "$OUT/bench.json"
 if command -v compute-sanitizer >/dev/null; then
   step memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" tests/sanitize.py
   step racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 1 "$PYTHON" tests/sanitize.py

@@ -1,10 +1,11 @@
 """Runs every bench on this machine and writes bench/RESULTS.md (generated whole, so it never mixes machines).
 
-python bench/run.py [--device cpu|cuda] [--quick] [--check] [--out RESULTS.md]
+python bench/run.py [--device cpu|cuda] [--quick] [--check] [--out RESULTS.md] [--json results.json]
 """
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from common import Ceilings, Row, machine, measure_ceilings, table  # noqa: E402
+from common import Ceilings, Row, document, machine, measure_ceilings, table  # noqa: E402
 
 
 def families() -> list[str]:
@@ -51,6 +52,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
     parser.add_argument("--check", action="store_true", help="also hold the results to the specification")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--json", type=Path, help="also write the measurements as JSON")
     args = parser.parse_args()
     ceilings = measure_ceilings(args.device)
     rows: list[Row] = []
@@ -59,6 +61,8 @@ def main() -> int:
             args.device, quick=args.quick, checked=args.check
         )
     args.out.write_text(markdown(args.device, ceilings, rows, quick=args.quick))
+    if args.json:
+        args.json.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
     print(f"wrote {args.out}")
     return 0
 

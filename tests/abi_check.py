@@ -45,19 +45,17 @@ def main(pythons: list[str]) -> int:
         print(__doc__)
         return 2
     foreign = foreign_symbols(LIBRARY)
-    print(
-        f"{LIBRARY.name}: {LIBRARY.stat().st_size / 1e6:.1f} MB, C++ symbols of PyTorch needed: {len(foreign)}"
-    )
+    size = LIBRARY.stat().st_size / 1e6
+    print(f"{LIBRARY.name}: {size:.1f} MB, C++ symbols of PyTorch needed: {len(foreign)}")
     results = []
     for python in pythons:
         done = subprocess.run([python, "-c", RUN, LIBRARY], capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{python}: failed\n{done.stderr}")
             return 1
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-        print(
-            f"  torch {results[-1].pop('torch'):16} loads and runs; error message as declared: {results[-1]['error']}"
-        )
+        result = json.loads(done.stdout.splitlines()[-1])
+        print(f"  torch {result.pop('torch'):16} runs; error message as declared: {result['error']}")
+        results.append(result)
     same = all(r == results[0] for r in results) and results[0]["error"]
     print("identical results under every version" if same else f"results differ: {results}")
     return int(not same or bool(foreign))

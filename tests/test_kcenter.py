@@ -236,6 +236,17 @@ def test_zero_rows_are_similar_to_nothing(backend: Backend) -> None:
     assert value.tolist() == [[INF, 1.0, 1.0, 0.0]]
 
 
+@pytest.mark.parametrize("size", [1e-18, 2e-19, 5e-20, 1e-20, 1e-30])
+def test_tiny_rows_count_or_are_zero(backend: Backend, size: float) -> None:
+    """A square sum below the normal range of float32 means a zero row; above it the direction counts."""
+    x = size * torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [-1.0, 0.0]]])
+    index, value = backend.kcenter(x, 4, first="index0")
+    counts = size * size >= torch.finfo(torch.float32).tiny
+    assert index.tolist() == ([[0, 3, 2, 1]] if counts else [[0, 1, 2, 3]])
+    want = torch.tensor([[2.0, 1.0, 0.2]]) if counts else torch.ones(1, 3)
+    assert torch.allclose(value[:, 1:], want, rtol=0, atol=1e-5)
+
+
 def test_duplicates_are_picked_once_and_last(backend: Backend) -> None:
     x = gauss(1, 6, 8).repeat(1, 3, 1)
     index, _ = backend.kcenter(x, 18, first="index0", metric="l2")

@@ -1,6 +1,6 @@
-// k-center on CUDA, torch side: plan, working memory, launch, registration. One launch makes the whole selection, whatever
-// the plan (core/kcenter_plan.h); the kernels are in kcenter_kernels.h. Working memory is a few floats per token, and for
-// the gram plan the N x N products, bounded by kCudaGramLimitBytes.
+// k-center on CUDA, torch side: plan, working memory, launch, registration. One launch makes the whole selection,
+// whatever the plan (core/kcenter_plan.h); the kernels are in kcenter_kernels.h. Working memory is a few floats per
+// token, and for the gram plan the N x N products, bounded by kCudaGramLimitBytes.
 #include "op/kcenter.h"
 
 #include <torch/csrc/stable/library.h>
@@ -32,7 +32,8 @@ CudaPlan choose_plan(const Args& a) {
 // Each row starts on a 16-byte boundary and is a whole number of 16-byte chunks.
 bool whole_chunks(const Args& a) {
   const int64_t bytes = a.dtype == DType::f32 ? 4 : 2;
-  const int64_t bits = int64_t(reinterpret_cast<uintptr_t>(a.x)) | a.x_stride_b * bytes | a.x_stride_n * bytes;
+  const int64_t step = (a.B > 1 ? a.x_stride_b : 0) | (a.N > 1 ? a.x_stride_n : 0);  // of one row there is no next
+  const int64_t bits = int64_t(reinterpret_cast<uintptr_t>(a.x)) | step * bytes;
   return ((bits | a.C * bytes) & 15) == 0;
 }
 
@@ -61,6 +62,7 @@ struct WorkspaceMemory {
     const int64_t gram = reserve(gram_floats);
     const int64_t box_floats = plan.team == CudaTeam::grid ? int64_t(plan.teams) * 2 * plan.size * 2 : 0;
     const int64_t box = reserve(box_floats);
+    const int64_t picks = plan.tokens == CudaTokens::lazy ? int64_t(a.B) * a.k : 0, centre = reserve(picks);
     memory = torch::stable::new_empty(x, {used}, ScalarType::Float);
     float* base = static_cast<float*>(memory.mutable_data_ptr());
     arrays.inverse_norm = base + inverse_norm;
@@ -68,6 +70,7 @@ struct WorkspaceMemory {
     arrays.mean = base + mean;
     arrays.token = reinterpret_cast<TokenState*>(base + token);
     arrays.gram = base + gram;
+    arrays.centre = reinterpret_cast<int*>(base + centre);
     arrays.meeting.box = reinterpret_cast<OrderKey*>(base + box);
     arrays.meeting.counter = static_cast<uint32_t*>(counter.mutable_data_ptr());
     gpu::watch(arrays.inverse_norm, tokens * 4, "inverse_norm", false);
@@ -75,6 +78,7 @@ struct WorkspaceMemory {
     if (has_mean) gpu::watch(arrays.mean, int64_t(a.B) * arrays.mean_stride * 4, "mean", false);
     if (!plan.state_in_smem) gpu::watch(arrays.token, tokens * 8, "token", false);
     if (gram_floats) gpu::watch(arrays.gram, gram_floats * 4, "gram", false);
+    if (picks) gpu::watch(arrays.centre, picks * 4, "centre", false);
     if (box_floats) gpu::watch(arrays.meeting.box, box_floats * 4, "box", false);
     gpu::watch(arrays.meeting.counter, plan.teams * 4, "counter", true);
   }
@@ -102,7 +106,7 @@ void launch(const Args& a, const CudaPlan& plan, const Workspace& w, gpu::Stream
     return;
   }
   const int capacity = (a.N + plan.size - 1) / plan.size;
-  const StreamShape shape{plan.size, plan.teams, capacity, whole, plan.resident, plan.state_in_smem};
+  const StreamShape shape{plan.size, plan.teams, capacity, whole, plan.state_in_smem, plan.tokens};
   if (plan.team == CudaTeam::cluster) {
     config.cluster = unsigned(plan.size);
     gpu::launch(kcenter_stream<T, ClusterTeam>, config, a, w, shape);

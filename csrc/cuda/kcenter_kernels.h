@@ -1,6 +1,6 @@
-// k-center on CUDA: the two kernels. kcenter_stream multiplies the tokens with each new centre; kcenter_gram multiplies
-// all pairs first and then only reads. Either way one launch makes the whole selection, and states never leave the block
-// that owns the tokens. See core/kcenter_plan.h for when which is used and what it costs.
+// k-center on CUDA: the two kernels. kcenter_stream multiplies the tokens with each new centre, O(k N C); kcenter_gram
+// multiplies all pairs first, O(N^2 C), and then only reads, O(k N). Either way one launch makes the whole selection,
+// and states never leave the block that owns the tokens. See core/kcenter_plan.h for when which is used.
 #pragma once
 
 #include "cuda/kcenter_select.h"
@@ -10,11 +10,26 @@ namespace tokencomp::kcenter {
 
 // ---- products from the rows themselves
 
+// What a lazy pass keeps: minima only shrink, so a token's stale score is an upper bound, and as long as it is below a
+// score that is up to date, the centres the token has not met yet need not be multiplied with it.
+struct Lazy {
+  int* seen = nullptr;    // shared memory, by group of tokens: centres folded so far; null: every pass meets all tokens
+  int* centre = nullptr;  // [k] valid centres of the item in global memory, written by the block with the first token
+  OrderKey* bound = nullptr;       // shared memory: best key of the block that is up to date
+  OrderKey* warp_stale = nullptr;  // shared memory, by warp
+};
+
 // A block's tokens and where the centre's row is read: both in shared memory, or both in global memory.
 template <class T>
 struct StreamSource {
+  static constexpr int kTokens = CudaTiles::tokens, kWarps = CudaTiles::warps;
+
   Rows<T> tokens;  // row 0 is the first of the slice
   T* centre;       // shared memory for one row, or null: read the centre where it lies
+  Lazy lazy;
+
+  // Whether a round needs a pass: without a new centre, states that are up to date can simply be scored again.
+  __device__ bool has_turns(const Round& round) const { return round.folds || lazy.seen; }
 
   __device__ __forceinline__ OrderKey turns(const Item<T>& item, const Slice& slice, const Round& round) const {
     const T* row = item.x[round.centre];
@@ -26,30 +41,105 @@ struct StreamSource {
       row = centre;
     }
     const bool l2 = item.rule.metric == Metric::l2;
-    if (tokens.whole) return l2 ? pass<true, true>(item, slice, round, row) : pass<true, false>(item, slice, round, row);
+    if (tokens.whole) {
+      return l2 ? pass<true, true>(item, slice, round, row) : pass<true, false>(item, slice, round, row);
+    }
     return l2 ? pass<false, true>(item, slice, round, row) : pass<false, false>(item, slice, round, row);
   }
 
-  // One pass over the slice: each warp takes the next few tokens, and each token's turn falls to one lane.
+  // One pass over the slice, a warp to a group of tokens. A lazy pass begins with the group of the best stale key,
+  // which gives the others a bound to stay under.
   template <bool kWhole, bool kL2>
   __device__ __forceinline__ OrderKey pass(const Item<T>& item, const Slice& slice, const Round& round,
                                            const T* row) const {
-    constexpr int kTokens = CudaTiles::tokens;
-    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, count = slice.end - slice.begin;
+    const int warp = int(threadIdx.x) / 32, groups = (slice.end - slice.begin + kTokens - 1) / kTokens;
     Turns turns;
+    const int leader = lazy.seen ? begin_lazy(item, slice, round, turns) : -1;
 #pragma unroll 1
-    for (int group = warp * kTokens; group < count; group += CudaTiles::warps * kTokens) {
-      const T* rows[kTokens];
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) rows[t] = tokens[group + t < count ? group + t : count - 1];
-      const float product = products4<T, kWhole, kL2>(row, rows, item.x.C, lane);
-      constexpr int kLanes = 32 / kTokens;
-      const int t = group + lane / kLanes;
-      if (lane % kLanes == 0 && t < count) {
-        turns.take(item, round, slice.token[t], slice.begin + t, product);
+    for (int n = lazy.seen ? -1 : 0; n * kWarps < groups; ++n) {
+      const int group = n < 0 ? leader : n * kWarps + warp;
+      if (n < 0 ? group >= 0 && group % kWarps == warp : group < groups && group != leader) {
+        meet<kWhole, kL2>(item, slice, round, row, group, turns);
       }
+      if (n < 0) __syncthreads();  // the bound is known
     }
     return turns.finish(item, round);
+  }
+
+  // What every token does in a lazy round, multiplied or not; returns the group of the best stale key, -1 if none.
+  __device__ __forceinline__ int begin_lazy(const Item<T>& item, const Slice& slice, const Round& round,
+                                            Turns& turns) const {
+    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+    OrderKey stale = kNobody;
+#pragma unroll 1
+    for (int i = slice.begin + int(threadIdx.x); i < slice.end; i += CudaTiles::threads) {
+      TokenState& token = slice.token[i - slice.begin];
+      if (is_valid(token.inverse_norm)) stale = later(stale, stale_key(item, round, token, i));
+      turns.take_unscored(round, token, i);
+    }
+    stale = warp_best(stale);
+    if (lane == 0) lazy.warp_stale[warp] = stale;
+    if (threadIdx.x == 0) {
+      *lazy.bound = kNobody;
+      if (round.folds && slice.begin == 0) lazy.centre[round.centres] = round.centre;
+    }
+    __syncthreads();
+    for (int w = 0; w < kWarps; ++w) stale = later(stale, lazy.warp_stale[w]);
+    return stale == kNobody ? -1 : (index_of(stale) - slice.begin) / kTokens;
+  }
+
+  // An upper bound of the key of a token that is valid: kNobody once it has been picked.
+  __device__ __forceinline__ static OrderKey stale_key(const Item<T>& item, const Round& round, const TokenState& token,
+                                                       int i) {
+    if (token.inverse_norm == kPicked || i == round.centre) return kNobody;
+    return i == round.wanted ? seed_key(i) : order_key(item.rule.score(token.state, 1.0f, 1), i);
+  }
+
+  // One group of tokens meets the new centre; if lazy, all centres it has not met, while one of its tokens could win.
+  template <bool kWhole, bool kL2>
+  __device__ __forceinline__ void meet(const Item<T>& item, const Slice& slice, const Round& round, const T* row,
+                                       int group, Turns& turns) const {
+    constexpr int kLanes = 32 / kTokens;
+    const int lane = int(threadIdx.x) % 32, count = slice.end - slice.begin;
+    const T* rows[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      rows[t] = tokens[group * kTokens + t < count ? group * kTokens + t : count - 1];
+    }
+    const int t = group * kTokens + lane / kLanes, i = slice.begin + t, now = round.centres + round.folds;
+    const bool inside = t < count, owner = inside && lane % kLanes == 0;
+    int seen = round.centres;
+    TokenState token{0.0f, NAN};
+    if (lazy.seen) {
+      seen = lazy.seen[group];
+      if (inside) token = slice.token[t];
+    }
+    OrderKey key = kNobody;
+#pragma unroll 1
+    while (true) {
+      if (lazy.seen) {
+        key = is_valid(token.inverse_norm) ? stale_key(item, round, token, i) : kNobody;
+        if (seen == now || !__any_sync(~0u, key > gpu::atomic_load_relaxed(lazy.bound))) break;
+      }
+      const int c = seen == round.centres ? round.centre : lazy.centre[seen];
+      const T* other = seen == round.centres ? row : item.x[c];
+      const float product = products4<T, kWhole, kL2>(other, rows, item.x.C, lane);
+      if (!lazy.seen) {
+        if (owner) turns.take(item, round, slice.token[t], i, product);
+        break;
+      }
+      token.state = item.rule.fold(token.state, item.rule.cost(product, token.inverse_norm, item.inverse_norm[c]));
+      ++seen;
+    }
+    if (lazy.seen) {
+      __syncwarp();  // all lanes have read the states that some now write
+      if (owner) slice.token[t].state = token.state;
+      if (lane == 0) lazy.seen[group] = seen;
+      if (owner && seen == now && key != kNobody) {
+        turns.best = later(turns.best, key);
+        gpu::atomic_max(lazy.bound, key);
+      }
+    }
   }
 };
 
@@ -62,8 +152,10 @@ __device__ __forceinline__ StreamSource<T> resident_source(const Item<T>& item, 
     const T* row = item.x[slice.begin + i];
     for (int c = int(threadIdx.x) % 32; c < chunks; c += 32) {
       uint4* target = rows + int64_t(i) * chunks + c;
-      if (item.x.whole) gpu::cp_async16(target, row + c * kVec<T>);
-      else *target = load_chunk<T, false>(row, c, item.x.C);
+      if (item.x.whole)
+        gpu::cp_async16(target, row + c * kVec<T>);
+      else
+        *target = load_chunk<T, false>(row, c, item.x.C);
     }
   }
   gpu::cp_async_commit();
@@ -71,15 +163,15 @@ __device__ __forceinline__ StreamSource<T> resident_source(const Item<T>& item, 
   __syncthreads();
   T* base = reinterpret_cast<T*>(rows);
   const int64_t stride = int64_t(chunks) * kVec<T>;
-  return {{base, stride, item.x.C, true}, base + count * stride};
+  return {{base, stride, item.x.C, true}, base + count * stride, {}};
 }
 
-// First scores of a block's tokens under the largest_nn rule: the cost to the nearest other valid token, by tiles of the
-// slice against all tokens. A thread keeps the minima of its four rows; sixteen threads then share out each row.
+// First scores of a block's tokens under the largest_nn rule: the cost to the nearest other valid token, by tiles of
+// the slice against all tokens. A thread keeps the minima of its four rows; sixteen threads then share out each row.
 template <class T>
 __device__ __forceinline__ void nearest_scores(const Item<T>& item, const Slice& slice, TileSmem<T>& s) {
   constexpr int kTile = CudaTiles::tile, kSharers = 16;
-  auto& partial = reinterpret_cast<float(&)[kTile][kSharers + 1]>(s);  // one more column: no bank conflicts
+  auto& partial = reinterpret_cast<float (&)[kTile][kSharers + 1]>(s);  // one more column: no bank conflicts
   PairTile<T> tile(item.rule.metric);
   for (int row0 = slice.begin; row0 < slice.end; row0 += kTile) {
     float nearest[4] = {INFINITY, INFINITY, INFINITY, INFINITY};
@@ -115,18 +207,18 @@ struct StreamShape {
   int size, teams;     // blocks per team, teams of the launch
   int capacity;        // tokens of the longest slice
   bool whole;          // rows of x can be read in 16-byte chunks
-  bool resident;       // tokens in shared memory
   bool state_in_smem;  // else in the workspace
+  CudaTokens tokens;
 };
 
-// registers: kcenter_stream <= 208
+// registers: kcenter_stream <= 224
 template <class T, class Team>
 __global__ void __launch_bounds__(CudaTiles::threads, 1) kcenter_stream(Args a, Workspace w, StreamShape shape) {
   auto& s = gpu::dynamic_smem<Smem>();
   Team team(s, w.meeting, shape.size);
   const int warp = int(threadIdx.x) / 32;
-  const size_t states = shape.state_in_smem ? (size_t(shape.capacity) * sizeof(TokenState) + 127) / 128 * 128 : 0;
-  unsigned char* storage = s.body + states;
+  int* seen = reinterpret_cast<int*>(s.body + size_t(shape.capacity) * sizeof(TokenState));
+  unsigned char* storage = s.body + (shape.state_in_smem ? cuda_state_bytes(shape.capacity) : 0);
 
   for (int b = int(blockIdx.x) / shape.size; b < a.B; b += shape.teams) {
     const Item<T> item(a, w, shape.whole, b);
@@ -134,18 +226,27 @@ __global__ void __launch_bounds__(CudaTiles::threads, 1) kcenter_stream(Args a, 
     Slice slice;
     slice.begin = team.rank * share < item.n ? team.rank * share : item.n;
     slice.end = slice.begin + share < item.n ? slice.begin + share : item.n;
-    slice.token = shape.state_in_smem ? reinterpret_cast<TokenState*>(s.body) : w.token + int64_t(b) * a.N + slice.begin;
+    slice.token =
+        shape.state_in_smem ? reinterpret_cast<TokenState*>(s.body) : w.token + int64_t(b) * a.N + slice.begin;
 
     // What every token must know before the first pick.
     norms(item, slice.begin, slice.end, warp, CudaTiles::warps);
     team.sync();
     if (item.has_first) {
-      if (a.first == First::centroid) centroid_scores(item, team, slice);
-      else nearest_scores(item, slice, *reinterpret_cast<TileSmem<T>*>(storage));
+      if (a.first == First::centroid)
+        centroid_scores(item, team, slice);
+      else
+        nearest_scores(item, slice, *reinterpret_cast<TileSmem<T>*>(storage));
     }
 
-    StreamSource<T> source{{item.x[slice.begin], item.x.stride, item.x.C, item.x.whole}, nullptr};
-    if (shape.resident) source = resident_source(item, slice, storage);
+    StreamSource<T> source{{item.x[slice.begin], item.x.stride, item.x.C, item.x.whole}, nullptr, {}};
+    if (shape.tokens == CudaTokens::resident) source = resident_source(item, slice, storage);
+    if (shape.tokens == CudaTokens::lazy) {
+      source.lazy = {seen, w.centre + int64_t(b) * a.k, &s.bound, s.warp_best};
+      for (int group = int(threadIdx.x); group * CudaTiles::tokens < shape.capacity; group += CudaTiles::threads) {
+        seen[group] = 0;
+      }
+    }
     select(item, team, slice, source);
   }
 }
@@ -155,6 +256,8 @@ __global__ void __launch_bounds__(CudaTiles::threads, 1) kcenter_stream(Args a, 
 struct GramSource {
   const float* gram;  // [N, N]
   int N;
+
+  __device__ static bool has_turns(const Round& round) { return round.folds; }
 
   template <class T>
   __device__ __forceinline__ OrderKey turns(const Item<T>& item, const Slice& slice, const Round& round) const {

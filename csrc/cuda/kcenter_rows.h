@@ -1,7 +1,7 @@
-// k-center on CUDA: rows of tokens and their products. Lane l of a warp takes the 16-byte chunks l, l + 32, ... of a row
-// and adds its products in order; one butterfly adds the lanes. The order depends on C alone, so a product has the same
-// bits whichever warp, block or plan computes it, and is symmetric in its two rows. O(C / 32) steps per product, four
-// tokens at a time against one centre.
+// k-center on CUDA: rows of tokens and their products. Lane l of a warp takes the 16-byte chunks l, l + 32, ... of a
+// row and adds its products in order; one butterfly adds the lanes. The order depends on C alone, so a product has the
+// same bits whichever warp, block or team computes it, and is symmetric in its two rows. O(C / 32) steps per product,
+// four tokens at a time against one centre.
 #pragma once
 
 #include "core/dtype.h"
@@ -77,8 +77,8 @@ __device__ __forceinline__ float accumulate(float sum, const float (&a)[kCount],
   return sum;
 }
 
-// Butterfly over four sums at once: the first two steps also halve the number of sums a lane holds, so that six shuffles
-// do the work of twenty. Lanes 8t..8t+7 return the total of sum[t]; every total is added in the same tree.
+// Butterfly over four sums at once: the first two steps also halve the number of sums a lane holds, so that six
+// shuffles do the work of twenty. Lanes 8t..8t+7 return the total of sum[t]; every total is added in the same tree.
 __device__ __forceinline__ float butterfly4(const float (&sum)[4], int lane) {
   const bool upper = lane & 16, odd = lane & 8;
   const float first = (upper ? sum[2] : sum[0]) + __shfl_xor_sync(~0u, upper ? sum[0] : sum[2], 16);
@@ -129,7 +129,8 @@ __device__ __forceinline__ float square_sum(const Rows<T>& x, int i, int lane) {
   return gpu::warp_sum(sum);
 }
 
-// Product of row i with a vector of floats that is padded with zeros to whole chunks, by one warp; every lane returns it.
+// Product of row i with a vector of floats that is padded with zeros to whole chunks, by one warp; every lane returns
+// it.
 template <class T>
 __device__ __forceinline__ float product_with_floats(const Rows<T>& x, int i, const float* other, bool l2, int lane) {
   const int chunks = chunks_of(x.C, kVec<T>);

@@ -1,6 +1,7 @@
-// k-center on CUDA: the selection of one item by one team, whatever the team and wherever products come from. A pick is
-// one exchange of keys, then one turn of every token: fold the new centre's cost into the running state and offer the
-// score for the next pick. Each block owns a contiguous slice of the tokens; states never leave it. O(k N / team) turns.
+// k-center on CUDA: the selection of one item by one team, whatever the team and wherever products come from. A pick
+// is one exchange of keys, then one turn of every token: fold the new centre's cost into the running state and offer
+// the score for the next pick. Each block owns a contiguous slice of the tokens; states never leave it. O(k N / team)
+// turns. Before it, what the first pick needs: norms, and the scores of the centroid rule.
 #pragma once
 
 #include "cuda/kcenter_rows.h"
@@ -23,6 +24,7 @@ struct Workspace {
   float* mean;          // [B, mean_stride], padded with zeros to whole chunks
   TokenState* token;    // [B, N], where the states do not fit in shared memory
   float* gram;          // [items, N, N] products
+  int* centre;          // [B, k] valid centres in pick order, for lazy passes
   Meeting meeting;
   int mean_stride;
 };
@@ -90,26 +92,32 @@ struct Turns {
 
   // The turn of token i, whose product with the centre is given: fold it, offer the score for the next pick.
   template <class T>
-  __device__ __forceinline__ void take(const Item<T>& item, const Round& round, TokenState& token, int i, float product) {
+  __device__ __forceinline__ void take(const Item<T>& item, const Round& round, TokenState& token, int i,
+                                       float product) {
+    if (take_unscored(round, token, i)) return;
+    float state = token.state;
+    if (round.folds) {
+      state = item.rule.fold(state, item.rule.cost(product, token.inverse_norm, round.inverse_norm));
+      token.state = state;
+    }
+    const int centres = round.centres + round.folds;
+    const float score = item.rule.score(state, item.weight_of(i), centres);
+    best = later(best, i == round.wanted ? seed_key(i) : order_key(score, i));
+  }
+
+  // The turn of a token that needs no score: picked before, the centre itself, or invalid.
+  __device__ __forceinline__ bool take_unscored(const Round& round, TokenState& token, int i) {
     const TokenState t = token;
-    if (t.inverse_norm == kPicked) return;
+    if (t.inverse_norm == kPicked) return true;
     if (i == round.centre) {
       picked = true;
       picked_state = t.state;
       token.inverse_norm = kPicked;
-      return;
+      return true;
     }
-    OrderKey key = invalid_key(i);
-    if (is_valid(t.inverse_norm)) {
-      float state = t.state;
-      if (round.folds) {
-        state = item.rule.fold(state, item.rule.cost(product, t.inverse_norm, round.inverse_norm));
-        token.state = state;
-      }
-      const int centres = round.centres + round.folds;
-      key = i == round.wanted ? seed_key(i) : order_key(item.rule.score(state, item.weight_of(i), centres), i);
-    }
-    best = later(best, key);
+    if (is_valid(t.inverse_norm)) return false;
+    best = later(best, invalid_key(i));
+    return true;
   }
 
   // After its turns: the thread that met the centre writes the pick down.
@@ -176,7 +184,8 @@ __device__ __forceinline__ void select(const Item<T>& item, Team& team, const Sl
     round.inverse_norm = item.inverse_norm[round.centre];
     round.folds = is_valid(round.inverse_norm);
     round.wanted = item.seed_of(pick + 1);
-    best = round.folds && pick + 1 < item.k ? source.turns(item, slice, round) : plain_turns(item, slice, round);
+    best = source.has_turns(round) && pick + 1 < item.k ? source.turns(item, slice, round)
+                                                        : plain_turns(item, slice, round);
   }
 }
 

@@ -1,10 +1,10 @@
-// k-center on CUDA: the blocks that work on one item and how they agree on the next centre. Every thread brings the best
-// order key it has seen and takes home the best of the team. Keys are integers and the maximum does not depend on the
-// order, so every kind and size of team gives the same answer.
-//   ClusterTeam   each warp writes its key into every block's mailbox (distributed shared memory); one cluster barrier.
+// k-center on CUDA: the blocks that work on one item and how they agree on the next centre. Every thread brings the
+// best order key it has seen and takes home the best of the team. Keys are integers and the maximum does not depend on
+// the order, so every kind and size of team gives the same answer.
+//   ClusterTeam   each warp writes its key to every block's mailbox (distributed shared memory); one cluster barrier.
 //   GridTeam      each block writes its key to global memory; one barrier among the team's blocks.
-// Mailboxes are double-buffered: a box is written again two rounds later, that is after a barrier which everybody reaches
-// only when done reading it. So one barrier a round is enough. O(log) steps a round.
+// Mailboxes are double-buffered: a box is written again two rounds later, that is after a barrier which everybody
+// reaches only when done reading it. So one barrier a round is enough. O(log) steps a round.
 #pragma once
 
 #include "core/kcenter_plan.h"
@@ -18,6 +18,7 @@ struct Smem {
   static constexpr int kBox = CudaTiles::max_cluster * CudaTiles::warps;
   OrderKey box[2][kBox];
   OrderKey warp_best[CudaTiles::warps];
+  OrderKey bound;
   alignas(128) unsigned char body[kCudaLeastBody];
 };
 static_assert(offsetof(Smem, body) == kCudaHeaderBytes);
@@ -46,8 +47,10 @@ class ClusterTeam {
   }
 
   __device__ void sync() {
-    if (size > 1) gpu::cluster_sync();
-    else __syncthreads();
+    if (size > 1)
+      gpu::cluster_sync();
+    else
+      __syncthreads();
   }
 
   __device__ OrderKey best(OrderKey mine) {

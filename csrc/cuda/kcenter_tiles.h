@@ -11,7 +11,8 @@ namespace tokencomp::kcenter {
 template <class T>
 struct TileSmem {
   static constexpr int kSlab = CudaTiles::row_bytes / int(sizeof(T));  // channels of a slab
-  // Chunk c of row r lies at position c ^ (r % 8): eight rows then cover all banks, for ldmatrix and for the CUDA cores.
+  // Chunk c of row r lies at position c ^ (r % 8): eight rows then cover all banks, for ldmatrix and for the CUDA
+  // cores.
   alignas(128) T slab[CudaTiles::stages][2][CudaTiles::tile][kSlab];
 
   __device__ T* chunk(int stage, int operand, int row, int c) {
@@ -27,14 +28,14 @@ struct PairTile {
   static_assert(CudaTiles::threads == 256 && CudaTiles::tile == 64, "the maps below are for 256 threads on 64 x 64");
 
   float acc[kBlock][kBlock];  // CUDA cores: row, column; tensor cores: fragment, element
-  int row0, column0;  // where the tile starts
-  bool tensor;        // tensor cores: 16-bit types, dot products
+  int row0, column0;          // where the tile starts
+  bool tensor;                // tensor cores: 16-bit types, dot products
   bool l2;
 
   __device__ PairTile(Metric metric) : tensor(sizeof(T) == 2 && metric != Metric::l2), l2(metric == Metric::l2) {}
 
-  // Tile coordinates of the thread's r-th row and q-th column, and their product. On tensor cores a warp owns 32 x 16 as
-  // 2 x 2 fragments; on CUDA cores a thread owns every sixteenth row and column.
+  // Tile coordinates of the thread's r-th row and q-th column, and their product. On tensor cores a warp owns 32 x 16
+  // as 2 x 2 fragments; on CUDA cores a thread owns every sixteenth row and column.
   __device__ int row(int r) const {
     const int tid = int(threadIdx.x), warp = tid / 32, lane = tid % 32;
     return tensor ? warp / 4 * 32 + r / 2 * 16 + r % 2 * 8 + lane / 4 : tid / 16 + 16 * r;
@@ -64,15 +65,20 @@ struct PairTile {
 #pragma unroll 1
     for (int i = 0; i < slabs; ++i) {
       gpu::cp_async_wait<CudaTiles::stages - 2>();
-      __syncthreads();  // slab i has arrived for everyone, and everyone is done with slab i - 1, whose stage is refilled
+      __syncthreads();  // slab i has arrived for everyone, and everyone is done with slab i - 1, whose stage is
+                        // refilled
       load(s, x, n, i + CudaTiles::stages - 1, slabs);
       const int stage = i % CudaTiles::stages;
       if constexpr (sizeof(T) == 2) {
-        if (tensor) multiply_tensor(s, stage);
-        else multiply<true>(s, stage);
+        if (tensor)
+          multiply_tensor(s, stage);
+        else
+          multiply<true>(s, stage);
       } else {
-        if (l2) multiply<true>(s, stage);
-        else multiply<false>(s, stage);
+        if (l2)
+          multiply<true>(s, stage);
+        else
+          multiply<false>(s, stage);
       }
     }
     gpu::cp_async_wait<0>();
@@ -80,12 +86,14 @@ struct PairTile {
   }
 
  private:
-  // Both operands of slab i into its stage; rows past n and channels past C become zeros. One group per call, empty past
-  // the last slab, so that the number of groups in flight stays constant.
+  // Both operands of slab i into its stage; rows past n and channels past C become zeros. One group per call, empty
+  // past the last slab, so that the number of groups in flight stays constant.
   __device__ __forceinline__ void load(TileSmem<T>& s, const Rows<T>& x, int n, int i, int slabs) const {
     if (i < slabs) {
-      if (x.whole) load_pieces<true>(s, x, n, i);
-      else load_pieces<false>(s, x, n, i);
+      if (x.whole)
+        load_pieces<true>(s, x, n, i);
+      else
+        load_pieces<false>(s, x, n, i);
     }
     gpu::cp_async_commit();
   }

@@ -86,7 +86,7 @@ inline void mbar_arrive(Mbarrier* b, EMU_LOC) { emu::mbar_arrive(b, 0, loc); }
 inline void mbar_arrive_expect_tx(Mbarrier* b, unsigned bytes, EMU_LOC) { emu::mbar_arrive(b, bytes, loc); }
 inline void mbar_wait(Mbarrier* b, unsigned parity, EMU_LOC) { emu::mbar_wait(b, parity, loc); }
 inline void fence_mbarrier_init() {}
-inline void fence_proxy_async() { emu::fence_proxy_async(); }
+inline void fence_proxy_async(EMU_LOC) { emu::fence_proxy_async(loc); }
 inline void bulk_load(void* dst, const void* src, unsigned bytes, Mbarrier* b, EMU_LOC) {
   emu::bulk_load(dst, src, bytes, b, loc);
 }

@@ -48,6 +48,7 @@ void check_barrier(const uint64_t* barrier, const char* op, Loc loc) {
 }
 
 Word load_valid(const uint64_t* barrier, const char* op, Loc loc) {
+  require_sm90(op, loc);
   check_barrier(barrier, op, loc);
   race::touch(*self, barrier, sizeof *barrier, Kind::atomic_write, loc);
   const Word w = load(barrier);
@@ -146,12 +147,13 @@ void bulk_load(void* dst, const void* src, unsigned bytes, uint64_t* barrier, Lo
   race::touch(*self, dst, bytes, Kind::async_write, loc);
   race::touch(*self, src, bytes, Kind::read, loc);
   race::publish(*self, barrier, false);
+  race::begin_copy(dst, bytes);
   if (options().eager_copies) {
+    race::finish_copy(dst, bytes, barrier);
     std::memcpy(dst, src, bytes);
     complete_bytes(barrier, bytes);
     return;
   }
-  race::begin_copy(dst, bytes);
   std::memset(dst, kPoison, bytes);
   self->block->cluster->team->bulk.push_back({dst, src, bytes, barrier});
 }
@@ -159,7 +161,7 @@ void bulk_load(void* dst, const void* src, unsigned bytes, uint64_t* barrier, Lo
 void finish_bulk_copy(Team& team, size_t which) {
   const BulkCopy copy = team.bulk[which];
   team.bulk.erase(team.bulk.begin() + ptrdiff_t(which));
-  race::finish_copy(copy.dst, copy.bytes);
+  race::finish_copy(copy.dst, copy.bytes, copy.barrier);
   std::memcpy(copy.dst, copy.src, copy.bytes);
   complete_bytes(copy.barrier, copy.bytes);
 }
@@ -192,7 +194,8 @@ void thread_fence() {
   std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
-void fence_proxy_async() {
+void fence_proxy_async(Loc loc) {
+  require_sm90("fence_proxy_async", loc);
   if (race::enabled) race::on_proxy_fence(*self);
 }
 

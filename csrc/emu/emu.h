@@ -79,7 +79,7 @@ void wgmma(Half type, int columns, float* d, uint64_t a, uint64_t b, bool accumu
 void wgmma_fence(Loc loc);
 void wgmma_commit(Loc loc);
 void wgmma_wait(int pending, Loc loc);
-void fence_proxy_async();
+void fence_proxy_async(Loc loc);
 
 // ---- memory operations that the race checker must hear of (no-ops elsewhere, except for the alignment check)
 enum class Order : uint8_t { plain, relaxed, acquire, release };

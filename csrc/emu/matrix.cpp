@@ -150,6 +150,7 @@ void ldmatrix_x4(uint32_t* r, const void* row, bool transpose, Loc loc) {
 
 void stmatrix_x4(void* row, const uint32_t* r, bool transpose, Loc loc) {
   const char* op = transpose ? "stmatrix_x4_trans" : "stmatrix_x4";
+  require_sm90(op, loc);
   check_whole_warp(op, loc);
   check_row(op, row, loc);
   race::touch(*self, row, 16, race::Kind::write, loc);

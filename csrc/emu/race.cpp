@@ -10,159 +10,26 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <unordered_map>
 
-#include "emu/runtime.h"
+#include "emu/race_state.h"
 
 namespace emu::race {
 
 constinit bool enabled = false;
+thread_local State state;
+
+Region* find(std::vector<Region>& regions, uintptr_t a) {
+  for (Region& r : regions) {
+    if (a >= r.begin && a < r.end) return &r;
+  }
+  return nullptr;
+}
 
 namespace {
 
 constexpr size_t kTensorGuard = 256;  // bytes beside a watched tensor that count as outside it
-
-// Where in the program: an offset from this library's start, of an instruction or of a source_location.
-using Site = int32_t;
-
-struct Access {
-  uint32_t team = 0;  // 0: none
-  uint32_t tick = 0;
-  Site site = 0;
-  uint16_t thread = 0;
-  bool atomic : 1 = false, async : 1 = false, from_loc : 1 = false, exit : 1 = false;
-};
-
-// An atomic update does not replace an earlier plain write: others must still know of that one.
-struct Cell {
-  Access write, atomic, read[2];
-  bool written = false, copying = false;
-};
-
-struct Region {
-  uintptr_t begin, end;  // without guards
-  size_t guard;
-  std::string name;
-  bool shared;
-  std::vector<Cell> cells;
-};
-
-struct State {
-  Team* team = nullptr;
-  bool busy = false;    // inside the checker, whose own accesses do not count
-  bool strict = false;  // accesses outside everything known are findings
-  bool launched = true;
-  uint32_t team_id = 0, first_team = 1;
-  std::vector<uint32_t> first_block;  // of the teams of this launch
-  std::vector<Region> shared, watched;
-  std::vector<Clock> clocks, fenced;  // what each thread knows, and knew at its last fence
-  Ticks fence_tick;                   // of each thread's last fence
-  std::vector<Ticks> proxy_fenced;
-  std::unordered_map<const void*, Clock> team_objects, launch_objects;
-};
-thread_local State state;
-
-struct Busy {
-  Busy() { state.busy = true; }
-  ~Busy() { state.busy = false; }
-};
-
-const char anchor = 0;
-
-Site site_of(const void* p) { return Site(reinterpret_cast<intptr_t>(p) - reinterpret_cast<intptr_t>(&anchor)); }
-
-// ---- clocks
-void raise(Ticks& to, const Ticks& from) {
-  if (to.size() < from.size()) to.resize(from.size());
-  for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
-}
-
-void raise(std::shared_ptr<const Ticks>& to, const std::shared_ptr<const Ticks>& from) {
-  if (to == from || !from) return;
-  if (!to) {
-    to = from;
-    return;
-  }
-  auto sum = std::make_shared<Ticks>(*to);
-  raise(*sum, *from);
-  to = sum;
-}
-
-void join(Clock& to, const Clock& from) {
-  raise(to.own, from.own);
-  for (const auto& [team, ticks] : from.foreign) {
-    if (team == state.team_id)
-      raise(to.own, *ticks);
-    else
-      raise(to.foreign[team], ticks);
-  }
-}
-
-Clock& clock_of(const Thread& t) { return state.clocks[size_t(t.number)]; }
-
-void next_tick(const Thread& t) { clock_of(t).own[size_t(t.number)]++; }
-
-bool knows(const Thread& t, const Access& a) {
-  if (a.team < state.first_team) return true;  // of an earlier launch, or none
-  const Clock& clock = clock_of(t);
-  if (a.team == state.team_id) return a.thread == t.number || clock.own[a.thread] >= a.tick;
-  const auto it = clock.foreign.find(a.team);
-  return it != clock.foreign.end() && (*it->second)[a.thread] >= a.tick;
-}
-
-// ---- reports
-std::string where(Site site, bool from_loc) {
-  const char* p = &anchor + site;
-  if (from_loc) return place(std::bit_cast<Loc>(p));
-  return line_of(p);
-}
-
-std::string who(const Access& a) {
-  const Launch& launch = state.team->launch;
-  const unsigned block = state.first_block[a.team - state.first_team] + a.thread / launch.threads;
-  const unsigned rank = a.thread % launch.threads;
-  const dim3 grid = launch.shape.grid, size = launch.shape.block;
-  char text[128];
-  std::snprintf(text, sizeof text, "block (%u,%u,%u) thread (%u,%u,%u)", block % grid.x, block / grid.x % grid.y,
-                block / grid.x / grid.y, rank % size.x, rank / size.x % size.y, rank / size.x / size.y);
-  return text;
-}
-
-struct Here {
-  const Thread& thread;
-  Access access;
-  size_t bytes;
-  bool is_write;
-};
-
-[[noreturn]] void report(const Here& here, const std::string& finding) {
-  const std::string text =
-      where(here.access.site, here.access.from_loc) + ": " + describe(here.thread) + ": " + finding;
-  state.busy = false;
-  abandon(text);
-}
-
-std::string target(const Here& here, const Region& r, uintptr_t address) {
-  const char* what = here.access.atomic ? "atomic " : "";
-  return what + std::string(here.is_write ? "write" : "read") + " of " + std::to_string(here.bytes) + " bytes at " +
-         r.name + (address >= r.begin ? "+" : "-") +
-         std::to_string(address >= r.begin ? address - r.begin : r.begin - address);
-}
-
-[[noreturn]] void report_race(const Here& here, const Region& r, uintptr_t address, const Access& other, bool wrote) {
-  std::string text = "race: " + target(here, r, address) + " conflicts with ";
-  if (other.exit)
-    text += "the exit of the block that owns it: ";
-  else
-    text += std::string("an earlier ") + (wrote ? "write" : "read") + " by ";
-  text += who(other);
-  if (!other.exit) text += " at " + where(other.site, other.from_loc);
-  if (other.team != state.team_id) text += " (nothing orders these blocks)";
-  report(here, text);
-}
 
 // ---- regions
 Region make_region(const void* p, size_t bytes, size_t guard, std::string name, bool shared) {
@@ -170,19 +37,21 @@ Region make_region(const void* p, size_t bytes, size_t guard, std::string name, 
   return {begin, begin + bytes, guard, std::move(name), shared, std::vector<Cell>(bytes)};
 }
 
-Region* find(std::vector<Region>& regions, uintptr_t a, size_t guard_used) {
-  for (Region& r : regions) {
-    const size_t guard = guard_used ? r.guard : 0;
-    if (a + guard >= r.begin && a < r.end + guard) return &r;
+// The region that an address lies in, or else the nearest one whose guard it lies in.
+Region* find_or_guard(uintptr_t a) {
+  if (Region* r = find(state.shared, a)) return r;
+  if (Region* r = find(state.watched, a)) return r;
+  Region* nearest = nullptr;
+  size_t best = SIZE_MAX;
+  for (auto* regions : {&state.shared, &state.watched}) {
+    for (Region& r : *regions) {
+      const size_t distance = a < r.begin ? r.begin - a : a - r.end + 1;
+      if (distance > r.guard || distance >= best) continue;
+      best = distance;
+      nearest = &r;
+    }
   }
-  return nullptr;
-}
-
-Region* find(uintptr_t a) {
-  if (Region* r = find(state.shared, a, false)) return r;
-  if (Region* r = find(state.watched, a, false)) return r;
-  if (Region* r = find(state.shared, a, true)) return r;
-  return find(state.watched, a, true);
+  return nearest;
 }
 
 // Built-in variables, stacks (operands of collectives are read across fibers), the launch's arguments, constants.
@@ -209,11 +78,11 @@ void check_proxy(const Here& here, const Region& r, uintptr_t address, const Cel
   if (!r.shared || w.async || w.team != state.team_id) return;
   const auto fenced_at = [&](const Thread& t) {
     const Ticks& ticks = state.proxy_fenced[size_t(t.number)];
-    return ticks.empty() ? 0 : ticks[w.thread];
+    return w.thread < ticks.size() ? ticks[w.thread] : 0;
   };
   if (fenced_at(state.team->threads[w.thread]) >= w.tick || fenced_at(here.thread) >= w.tick) return;
   report(here, "missing fence_proxy_async: " + target(here, r, address) + " by the asynchronous proxy, written by " +
-                   who(w) + " at " + where(w.site, w.from_loc));
+                   who(w) + " at " + where(w));
 }
 
 void remember_read(Cell& cell, const Thread& thread, const Access& access) {
@@ -239,8 +108,7 @@ void check_byte(const Here& here, const Region& r, uintptr_t address, Cell& cell
   const bool atomic = here.access.atomic;
   if (cell.copying) {
     report(here, "race: " + target(here, r, address) + " conflicts with an earlier asynchronous copy by " +
-                     who(cell.write) + " at " + where(cell.write.site, cell.write.from_loc) +
-                     ", which has not been waited for");
+                     who(cell.write) + " at " + where(cell.write) + ", which has not been waited for");
   }
   if (!knows(here.thread, cell.write)) report_race(here, r, address, cell.write, true);
   if (!atomic && !knows(here.thread, cell.atomic)) report_race(here, r, address, cell.atomic, true);
@@ -267,8 +135,8 @@ void check(const Thread& as, const void* p, size_t bytes, Kind kind, Site site, 
   const uint32_t tick = clock_of(as).own[size_t(as.number)];
   const Here here{
       as, {state.team_id, tick, site, uint16_t(as.number), atomic, async, from_loc, false}, bytes, is_write};
-  const auto of_run_time = [&] { return !from_loc && in_standard_library(&anchor + site); };
-  Region* r = find(address);
+  const auto of_run_time = [&] { return !from_loc && in_standard_library(address_of(site)); };
+  Region* r = find_or_guard(address);
   if (!r) {
     if (state.strict && !is_private(address) && !of_run_time()) {
       report(here, std::string("out of bounds: ") + (is_write ? "write" : "read") + " of " + std::to_string(bytes) +
@@ -285,11 +153,6 @@ void check(const Thread& as, const void* p, size_t bytes, Kind kind, Site site, 
 }
 
 bool listening() { return self && state.team && !state.busy; }
-
-Clock& object(const void* p) {
-  const bool shared = find(state.shared, reinterpret_cast<uintptr_t>(p), false) != nullptr;
-  return (shared ? state.team_objects : state.launch_objects)[p];
-}
 
 }  // namespace
 
@@ -315,6 +178,7 @@ void begin_team(Team& team, size_t smem) {
   const uint3 first = team.blocks[0].index;
   state.first_block.push_back(first.x + grid.x * (first.y + grid.y * first.z));
   state.team_objects.clear();
+  state.copiers.clear();
   state.clocks.assign(threads, {});
   for (size_t t = 0; t < threads; t++) {
     state.clocks[t].own.assign(threads, 0);
@@ -342,7 +206,7 @@ void end_team() {
 void on_block_exit(const Thread& last, const Block& block) {
   Busy busy;
   join(clock_of(last), block.exits);
-  Region* r = block.arena ? find(state.shared, reinterpret_cast<uintptr_t>(block.arena), false) : nullptr;
+  Region* r = block.arena ? find(state.shared, reinterpret_cast<uintptr_t>(block.arena)) : nullptr;
   if (!r) return;
   const uint32_t tick = clock_of(last).own[size_t(last.number)];
   const Site kernel = site_of(static_cast<const char*>(state.team->launch.kernel) + 1);
@@ -352,7 +216,7 @@ void on_block_exit(const Thread& last, const Block& block) {
     for (const Access* a : {&cell.write, &cell.atomic, &cell.read[0], &cell.read[1]}) {
       if (knows(last, *a)) continue;
       report({last, exit, 1, true}, "race: the block exits while its shared memory at +" + std::to_string(i) +
-                                        " is still used by " + who(*a) + " at " + where(a->site, a->from_loc));
+                                        " is still used by " + who(*a) + " at " + where(*a));
     }
     cell = Cell{};
     cell.write = exit;
@@ -360,71 +224,21 @@ void on_block_exit(const Thread& last, const Block& block) {
   }
 }
 
-// ---- order
-void on_release(const Thread& t, Clock& into) {
-  Busy busy;
-  join(into, clock_of(t));
-  next_tick(t);
-}
-
-void on_acquire(const Thread& t, const Clock& from) {
-  Busy busy;
-  join(clock_of(t), from);
-}
-
-void on_meet(Thread* const* threads, int count) {
-  Busy busy;
-  Clock all;
-  for (int i = 0; i < count; i++) join(all, clock_of(*threads[i]));
-  for (int i = 0; i < count; i++) {
-    join(clock_of(*threads[i]), all);
-    next_tick(*threads[i]);
-  }
-}
-
-void on_fence(const Thread& t) {
-  Busy busy;
-  state.fenced[size_t(t.number)] = clock_of(t);
-  state.fence_tick[size_t(t.number)] = clock_of(t).own[size_t(t.number)];
-  next_tick(t);
-}
-
-void on_proxy_fence(const Thread& t) {
-  Busy busy;
-  state.proxy_fenced[size_t(t.number)] = clock_of(t).own;
-  next_tick(t);
-}
-
-// What a relaxed atomic passes on: all that its thread knew at its last fence, and of what it learnt since (at a
-// barrier, say) that which the writers had fenced off themselves.
-Clock fenced_knowledge(const Thread& t) {
-  Clock known = state.fenced[size_t(t.number)];
-  const Ticks& now = clock_of(t).own;
-  known.own.resize(now.size());
-  for (size_t i = 0; i < now.size(); i++) known.own[i] = std::max(known.own[i], std::min(now[i], state.fence_tick[i]));
-  return known;
-}
-
-// What goes into a word that other teams may read is filed under this team's number.
-void on_publish(const Thread& t, const void* p, bool fenced_only) {
-  Busy busy;
-  const Clock known = fenced_only ? fenced_knowledge(t) : clock_of(t);
-  Clock& to = object(p);
-  for (const auto& [team, ticks] : known.foreign) raise(to.foreign[team], ticks);
-  raise(to.foreign[state.team_id], std::make_shared<const Ticks>(known.own));
-  if (!fenced_only) next_tick(t);
-}
-
-void on_observe(const Thread& t, const void* p) {
-  Busy busy;
-  join(clock_of(t), object(p));
-}
-
 // ---- accesses
-void on_copy(const void* p, size_t bytes, bool finished) {
+void on_copy(const void* p, size_t bytes, bool finished, const void* mbarrier) {
+  Busy busy;
   const auto address = reinterpret_cast<uintptr_t>(p);
-  Region* r = find(state.shared, address, false);
-  for (size_t i = 0; r && i < bytes; i++) r->cells[address - r->begin + i].copying = !finished;
+  Region* r = find(state.shared, address);
+  if (!r) return;
+  State::Copier copier;
+  if (mbarrier) copier = announce_copy(mbarrier);
+  for (size_t i = 0; i < bytes; i++) {
+    Cell& cell = r->cells[address - r->begin + i];
+    cell.copying = !finished;
+    if (!mbarrier) continue;
+    cell.write.thread = copier.number;
+    cell.write.tick = copier.tick;
+  }
 }
 
 void on_touch(const Thread& as, const void* p, size_t bytes, Kind kind, Loc loc) {

@@ -46,7 +46,7 @@ void on_proxy_fence(const Thread& thread);
 void on_publish(const Thread& thread, const void* p, bool fenced_only);
 void on_observe(const Thread& thread, const void* p);
 void on_block_exit(const Thread& last, const Block& block);
-void on_copy(const void* p, size_t bytes, bool finished);
+void on_copy(const void* p, size_t bytes, bool finished, const void* mbarrier);
 void watch(const void* p, size_t bytes, const char* name, bool written);
 void unwatch();
 void wrote(const void* p, size_t bytes);
@@ -66,11 +66,12 @@ inline void touch(const Thread& as, const void* p, size_t bytes, Kind kind, Loc 
   if (enabled) on_touch(as, p, bytes, kind, loc);
 }
 // Between the two the destination of an asynchronous copy belongs to the copy; a write has been reported just before.
+// A copy that an mbarrier announces is known to those alone who waited for that.
 inline void begin_copy(const void* p, size_t bytes) {
-  if (enabled) on_copy(p, bytes, false);
+  if (enabled) on_copy(p, bytes, false, nullptr);
 }
-inline void finish_copy(const void* p, size_t bytes) {
-  if (enabled) on_copy(p, bytes, true);
+inline void finish_copy(const void* p, size_t bytes, const void* mbarrier = nullptr) {
+  if (enabled) on_copy(p, bytes, true, mbarrier);
 }
 // Release and acquire through an object in memory (an atomic word, an mbarrier).
 inline void publish(const Thread& thread, const void* p, bool fenced_only) {

@@ -188,6 +188,8 @@ using Compute = void (*)(void** operands, uint32_t mask);
 void warp_collective(uint32_t mask, const char* op, void* operand, Compute compute, Loc loc);
 
 inline const Options& options() { return self->block->cluster->team->launch.options; }
+// Instructions of sm_90 are an error on an emulated sm_80, where a GPU would trap.
+void require_sm90(const char* op, Loc loc);
 std::string place(Loc loc);
 std::string describe(const Thread& thread);
 std::string describe(const Block& block);

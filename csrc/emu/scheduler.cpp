@@ -265,6 +265,10 @@ Device device() {
   throw std::runtime_error("TOKENCOMP_EMU_DEVICE must be sm_90 or sm_80");
 }
 
+void require_sm90(const char* op, Loc loc) {
+  if (self->block->cluster->team->launch.device.major < 9) fail(std::string(op) + ": needs sm_90", loc);
+}
+
 std::string place(Loc loc) { return std::string(loc.file_name()) + ":" + std::to_string(loc.line()); }
 
 std::string describe(const Block& b) {

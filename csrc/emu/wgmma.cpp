@@ -15,6 +15,7 @@ using race::Kind;
 constexpr int kRows = 64, kDepth = 16;
 
 Warpgroup& my_warpgroup(const char* op, Loc loc) {
+  require_sm90(op, loc);
   Block& b = *self->block;
   const size_t which = size_t(self->rank / kWarpgroup);
   if (which >= b.warpgroups.size()) fail(std::string(op) + ": needs a whole warpgroup of 128 threads", loc);

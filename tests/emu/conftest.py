@@ -1,4 +1,4 @@
-"""``device``: where a conformance test runs. ``race`` is the emulator under the race, bounds and initialisation checker."""
+"""``device``: where a conformance test runs. ``race`` is the emulator under the race and bounds checker."""
 
 import pytest
 from libraries import Device, make_device

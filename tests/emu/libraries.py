@@ -31,7 +31,7 @@ def path(variant: str) -> Path:
 
 @cache
 def load(variant: str) -> Any:
-    """The operators of a variant: ``emu``, ``race`` or ``cuda`` (``ubsan`` aborts, so it runs in a process of its own)."""
+    """The operators of a variant: ``emu``, ``race`` or ``cuda``. (``ubsan`` aborts: it gets a process.)"""
     library = path(variant)
     if not library.is_file():
         pytest.fail(f"{library.relative_to(ROOT)} is missing: build the target test_libraries")
@@ -71,6 +71,12 @@ class Device:
             return tuple(r.cpu() if isinstance(r, torch.Tensor) else r for r in result)
 
         return call
+
+
+def require_sm90(device: Device) -> None:
+    """Skips on a GPU before Hopper, where the instruction would trap. The emulated device is an sm_90."""
+    if device.name == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs an sm_90 GPU")
 
 
 def make_device(name: str) -> Device:

@@ -1,13 +1,14 @@
 """Each wrapper of ``csrc/cuda/arch`` against a plain statement of what the PTX and CUDA documentation says.
 
-The statements below are index formulas and NumPy integer arithmetic; they share nothing with the emulator. On a machine
-with a GPU the same tests run on the real instructions, which is what entitles the emulator to be believed elsewhere.
+The statements below are index formulas and NumPy integer arithmetic; they share nothing with the emulator. On
+a machine with a GPU the same tests run on the real instructions, which is what entitles the emulator to be
+believed elsewhere.
 """
 
 import numpy as np
 import pytest
 import torch
-from libraries import SCHEDULES, Device, emulator
+from libraries import SCHEDULES, Device, emulator, require_sm90
 from torch import Tensor
 
 LANES = range(32)
@@ -44,13 +45,14 @@ def test_ldmatrix(device: Device, transpose: bool) -> None:
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_stmatrix(device: Device, transpose: bool) -> None:
+    require_sm90(device)
     x = integers(32, 8, low=-(2**15), high=2**15, dtype=torch.int16)
     fragment = pairs(torch.from_numpy(matrix_fragment(x.numpy(), transpose)))
     assert torch.equal(device.stmatrix(fragment, transpose), x)
 
 
 def mma_fragments(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Registers of mma.m16n8k(16 or 32) for A [16, K], B [K, 8], C [16, 8]; a register holds `step` values of k."""
+    """Registers of mma.m16n8k(16 or 32) for A [16, K], B [K, 8], C [16, 8]; a register holds `step` of K."""
     step = a.shape[1] // 8  # two 16-bit or four 8-bit values
     half = a.shape[1] // 2
     fa = torch.empty(32, 4, step, dtype=a.dtype)
@@ -73,7 +75,8 @@ def test_mma(device: Device, dtype: torch.dtype) -> None:
     a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
     fa, fb, fc = mma_fragments(a, b, c)
     _, _, expected = mma_fragments(a, b, (a.double() @ b.double() + c.double()).float())
-    torch.testing.assert_close(device.mma(fa, fb, fc, dtype == torch.bfloat16), expected, rtol=1e-5, atol=1e-5)
+    got = device.mma(fa, fb, fc, dtype == torch.bfloat16)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -107,8 +110,7 @@ def test_mma_s8(device: Device) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_wgmma(device: Device, columns: int, dtype: torch.dtype, accumulate: bool) -> None:
-    if device.name == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("wgmma needs sm_90a")
+    require_sm90(device)
     a, b = torch.randn(64, 64).to(dtype), torch.randn(columns, 64).to(dtype)
     c = torch.randn(64, columns) if accumulate else None
     expected = a.double() @ b.double().T + (0 if c is None else c.double())
@@ -267,8 +269,8 @@ def test_maths(device: Device) -> None:
     x, y = a.double(), b.double()
     expected = torch.stack(
         [
-            torch.fmin(x, y), torch.fmax(x, y), x.nan_to_num(0).clamp(0, 1), (x.abs() + 1).rsqrt(), (x / 8).exp(),
-            (x.abs() + 1).log(), x / (y.abs() + 1), x * y + 1, x.nan_to_num(0).round(), -x,
+            torch.fmin(x, y), torch.fmax(x, y), x.nan_to_num(0).clamp(0, 1), (x.abs() + 1).rsqrt(),
+            (x / 8).exp(), (x.abs() + 1).log(), x / (y.abs() + 1), x * y + 1, x.nan_to_num(0).round(), -x,
         ],
         dim=1,
     )  # fmt: skip

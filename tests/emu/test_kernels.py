@@ -1,8 +1,8 @@
-"""Small real kernels built from the wrappers: the emulator under every schedule, its race checker, and the GPU."""
+"""Small real kernels built from the wrappers: emulator under every schedule, race checker, GPU."""
 
 import pytest
 import torch
-from libraries import SCHEDULES, Device, emulator
+from libraries import SCHEDULES, Device, emulator, require_sm90
 from torch import Tensor
 
 
@@ -42,7 +42,11 @@ def check_pipeline(device: Device) -> None:
 
 
 def check_gemm(device: Device) -> None:
-    for (m, n, k), dtype in (((64, 64, 64), torch.bfloat16), ((70, 33, 104), torch.float16), ((1, 1, 8), torch.bfloat16)):
+    for (m, n, k), dtype in (
+        ((64, 64, 64), torch.bfloat16),
+        ((70, 33, 104), torch.float16),
+        ((1, 1, 8), torch.bfloat16),
+    ):
         a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
         expected = (a.double() @ b.double().T).float()
         torch.testing.assert_close(device.gemm(a, b), expected, rtol=1e-4, atol=1e-4)
@@ -60,8 +64,8 @@ def check_last_block(device: Device) -> None:
 
 
 CHECKS = [
-    check_row_sum, check_cluster_exchange, check_cluster_argmax, check_pipeline, check_gemm, check_grid_phases,
-    check_last_block,
+    check_row_sum, check_cluster_exchange, check_cluster_argmax, check_pipeline, check_gemm,
+    check_grid_phases, check_last_block,
 ]  # fmt: skip
 SM90 = {check_cluster_exchange, check_cluster_argmax, check_pipeline}
 names = {"ids": lambda check: check.__name__.removeprefix("check_")}
@@ -69,8 +73,8 @@ names = {"ids": lambda check: check.__name__.removeprefix("check_")}
 
 @pytest.mark.parametrize("check", CHECKS, **names)
 def test_kernel(device: Device, check) -> None:
-    if device.name == "cuda" and check in SM90 and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("needs sm_90")
+    if check in SM90:
+        require_sm90(device)
     check(device)
 
 

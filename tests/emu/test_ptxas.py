@@ -1,7 +1,8 @@
-"""What the CUDA kernels cost, read from the compiler's report: no spills, no stack, registers within a declared budget.
+"""What the CUDA kernels cost, from the compiler's report: no spills, no stack, registers within a budget.
 
-Building the CUDA library leaves ``build/ptxas/<file>.log`` (or ``<file>.<arch>.log``), the output of ``nvcc -Xptxas -v``.
-A budget is a line directly above the kernel (a template line may follow it), in the .cu file or a header of its family::
+Building the CUDA library leaves ``build/ptxas/<file>.log`` (or ``<file>.<arch>.log``), the output of
+``nvcc -Xptxas -v``. A budget is a line directly above the kernel (a template line may follow it), in the .cu
+file or a header of its family::
 
     // registers: kcenter_rows <= 64
 """
@@ -18,7 +19,9 @@ import pytest
 from libraries import ROOT
 
 LOGS = ROOT / "build" / "ptxas"
-SOURCES = {file.stem: file for folder in ("tests/emu", "csrc/cuda") for file in sorted((ROOT / folder).glob("*.cu"))}
+SOURCES = {
+    file.stem: file for folder in ("tests/emu", "csrc/cuda") for file in sorted((ROOT / folder).glob("*.cu"))
+}
 BUDGET = re.compile(r"^// registers: (\w+) <= (\d+)$", re.MULTILINE)
 
 
@@ -41,13 +44,17 @@ def number(pattern: str, text: str) -> int:
 
 
 def parse(text: str) -> list[Kernel]:
-    """Kernels of an ``nvcc -Xptxas -v`` log. Device functions that were not inlined count into no kernel's stack."""
+    """Kernels of an ``nvcc -Xptxas -v`` log."""
     kernels = []
     for section in re.split(r"(?=Compiling entry function)", text)[1:]:
         head = re.match(r"Compiling entry function '(\S+)' for '(\w+)'", section)
         assert head, section
         symbol, arch = head.groups()
-        own = re.search(rf"Function properties for {re.escape(symbol)}\s(.*?)(?=Function properties|\Z)", section, re.DOTALL)
+        own = re.search(
+            rf"Function properties for {re.escape(symbol)}\s(.*?)(?=Function properties|\Z)",
+            section,
+            re.DOTALL,
+        )
         used = re.search(r"Used (\d+) registers[^\n]*", section)
         assert own, f"no properties of {symbol}"
         assert used, f"no resources of {symbol}"
@@ -68,13 +75,18 @@ def parse(text: str) -> list[Kernel]:
 def kernel_names(symbols: Iterable[str]) -> dict[str, str]:
     """The plain name of each mangled kernel: no namespaces, template arguments or parameters."""
     symbols = sorted(set(symbols))
-    output = subprocess.run(["c++filt", "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
-    plain = [line.replace("(anonymous namespace)::", "").split("<")[0].split("::")[-1] for line in output.splitlines()]
+    output = subprocess.run(
+        ["c++filt", "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout
+    plain = [
+        line.replace("(anonymous namespace)::", "").split("<")[0].split("::")[-1]
+        for line in output.splitlines()
+    ]
     return dict(zip(symbols, plain, strict=True))
 
 
 def budgets(source: Path) -> dict[str, int]:
-    """Budgets declared in a .cu file and the headers of its family. Each stands directly above the kernel it names."""
+    """Budgets declared in a .cu file and the headers of its family, each directly above its kernel."""
     headers = sorted(source.parent.glob(f"{source.stem.removesuffix('_sm90')}*.h"))
     return {name: limit for file in (source, *headers) for name, limit in budgets_in(file).items()}
 
@@ -86,7 +98,9 @@ def budgets_in(source: Path) -> dict[str, int]:
         name, limit = match.groups()
         below = text[match.end() : match.end() + 600]
         declaration = below.split("{")[0]
-        assert re.search(rf"__global__.*\b{name}\(", declaration, re.DOTALL), f"{source.name}: budget not above {name}"
+        assert re.search(rf"__global__.*\b{name}\(", declaration, re.DOTALL), (
+            f"{source.name}: budget not above {name}"
+        )
         found[name] = int(limit)
     return found
 
@@ -171,7 +185,10 @@ def test_names() -> None:
     ("limits", "words"),
     [
         ({"good": 26, "spill": 255}, ["spill (sm_90a): spills 24", "spill (sm_90a): a stack frame of 48"]),
-        ({"good": 25, "spill": 255}, ["good (sm_80): uses 26 registers, the budget is 25", "spills", "stack"]),
+        (
+            {"good": 25, "spill": 255},
+            ["good (sm_80): uses 26 registers, the budget is 25", "spills", "stack"],
+        ),
         ({"spill": 255}, ["good (sm_80): uses 26 registers and declares no budget", "spills", "stack"]),
     ],
 )

@@ -1,8 +1,8 @@
 """Checks of values, which need the data: shapes, dtypes and devices are checked once, in the operator itself.
 
 On CPU they always run. On CUDA they would wait for the device, so they run only under
-``TOKENCOMP_CHECKED=1`` (and then cannot be captured in a CUDA graph). While a graph is traced there is no data
-to look at.
+``TOKENCOMP_CHECKED=1`` (and then cannot be captured in a CUDA graph). While a graph is traced there is
+no data to look at.
 """
 
 import os

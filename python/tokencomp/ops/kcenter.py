@@ -41,8 +41,9 @@ def kcenter_greedy(
 
     Args:
         x: tokens ``[B, N, C]``, float32, float16 or bfloat16, any strides with the channels contiguous.
-            Arithmetic is float32. A row of zeros has similarity 0 to everything. A row whose float32 sum of
-            squares is not finite (NaN, infinity, overflow) is picked only after all others and is no centre.
+            Arithmetic is float32. A row of zeros (float32 sum of squares below 1.2e-38) has similarity 0 to
+            everything. A row whose float32 sum of squares is not finite (NaN, infinity, overflow) is picked
+            only after all others and is no centre.
         k: picks per item, in [1, N].
         objective: ``max_min`` or ``max_sum``, see above.
         metric: ``cosine`` (norms do not matter), ``l2`` or ``dot``.

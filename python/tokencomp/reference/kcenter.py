@@ -10,6 +10,7 @@ A token carries a state that folds in one cost per centre (both smaller = closer
 - score = state, with weights (once there is a centre) ``weight * distance``. Largest score first, then lowest
   index.
 
+Rows whose float32 sum of squares is below the normal range are zero rows: similarity 0 to all under cosine.
 Invalid rows (float32 sum of squares not finite) are picked only once no other is left, lowest index first,
 and are no centres; a seed that names one is skipped like one that is out of range or repeated.
 """
@@ -133,7 +134,7 @@ def _items(
         valid = torch.isfinite(square)
         rows = torch.where(valid[:, None], x[b, :n].to(dtype), 0)
         norm = _root(rows.square().sum(-1))
-        inverse = torch.where(valid & (square > 0), 1 / norm, 0)
+        inverse = torch.where(valid & (square >= torch.finfo(torch.float32).tiny), 1 / norm, 0)
         yield _Item(
             rows, inverse, valid, None if weight is None else weight[b, :n].to(dtype), objective, metric
         )
