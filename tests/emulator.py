@@ -4,15 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PLANS = [
-    "gram",
-    "cluster1,stream",
-    "cluster1,resident",
-    "cluster4,resident",
-    "cluster4,stream",
-    "grid3,resident",
-]
-PLANS += ["grid4,stream"]
+PLANS = ["gram", "grid3,resident", "grid4,stream"]
+PLANS += [f"cluster{size},{tokens}" for size in (1, 4) for tokens in ("stream", "resident")]
+LAZY_PLANS = [
+    "cluster1,lazy",
+    "cluster4,lazy",
+    "grid3,lazy",
+]  # for scores that only shrink: max_min, no weights
 SCHEDULES: list[dict[str, str]] = [
     {"TOKENCOMP_EMU_SCHED": "reverse"},
     {"TOKENCOMP_EMU_SCHED": "random", "TOKENCOMP_EMU_SEED": "1"},

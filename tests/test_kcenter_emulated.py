@@ -1,5 +1,5 @@
-"""The CUDA kernels of k-center on the emulator beyond one run per case: every plan, schedule and device, and the checker
-that finds races, accesses out of bounds and reads of memory nobody wrote.
+"""The CUDA kernels of k-center on the emulator beyond one run per case: every plan, schedule and device, and
+the checker that finds races, accesses out of bounds and reads of memory nobody wrote.
 """
 
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Inputs, KCenterCase
-from emulator import PLANS, SCHEDULES, settings
+from emulator import LAZY_PLANS, PLANS, SCHEDULES, settings
 from tokencomp import reference
 from yardstick import assert_agrees
 
@@ -36,16 +36,24 @@ def run(kernel: object, call: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return kernel(call.x, call.k, **call.options)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-@pytest.mark.parametrize("plan", PLANS)
-def test_every_plan(kernel: object, case: KCenterCase, plan: str) -> None:
+def plans_and_cases() -> Iterator[tuple[str, KCenterCase]]:
+    for case in SMALL:
+        lazy = case.objective == "max_min" and not case.weighted
+        for plan in PLANS + (LAZY_PLANS if lazy else []):
+            yield plan, case
+
+
+@pytest.mark.parametrize(
+    ("plan", "case"), list(plans_and_cases()), ids=lambda part: getattr(part, "name", part)
+)
+def test_every_plan(kernel: object, plan: str, case: KCenterCase) -> None:
     call = case.inputs()
     with settings(TOKENCOMP_KCENTER_PLAN=plan):
         assert_agrees(call, *run(kernel, call))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: "-".join(schedule.values()))
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLANS + LAZY_PLANS)
 def test_every_schedule_gives_the_same_bits(kernel: object, plan: str, schedule: dict[str, str]) -> None:
     call = SMALL[0].inputs()
     with settings(TOKENCOMP_KCENTER_PLAN=plan):
@@ -71,6 +79,12 @@ def test_impossible_plan_is_an_error(kernel: object) -> None:
             pytest.raises(RuntimeError, match="TOKENCOMP_KCENTER_PLAN"),
         ):
             run(kernel, call)
+    weighted = SMALL[3].inputs()
+    with (
+        settings(TOKENCOMP_KCENTER_PLAN="cluster1,lazy"),
+        pytest.raises(RuntimeError, match="stale scores bound the true ones only"),
+    ):
+        run(kernel, weighted)
     with (
         settings(TOKENCOMP_KCENTER_PLAN="cluster4,stream", TOKENCOMP_EMU_DEVICE="sm_80"),
         pytest.raises(RuntimeError, match="no thread-block clusters"),
@@ -78,8 +92,8 @@ def test_impossible_plan_is_an_error(kernel: object) -> None:
         run(kernel, call)
 
 
-def test_checker_watches_the_operator(kernel: object) -> None:
-    """The outputs come from the kernel, not from the allocator: an empty selection leaves no hole unwritten."""
+def test_short_items_are_written(kernel: object) -> None:
+    """Holes are written by the kernel: the outputs of empty and short items are complete."""
     call = KCenterCase(B=2, N=9, C=8, k=9, lengths=(0, 3)).inputs()
     index, value = run(kernel, call)
     want, _ = reference.kcenter_greedy(call.x, call.k, **call.options)

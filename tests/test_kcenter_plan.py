@@ -1,10 +1,10 @@
-"""The CPU plan of ``kcenter_greedy``: a pure function, checked without running a kernel."""
+"""The plans of ``kcenter_greedy``: pure functions, checked without running a kernel."""
 
 import itertools
 from typing import Any
 
 import pytest
-from cases import OBJECTIVES
+from cases import FIRSTS, OBJECTIVES
 from tokencomp import _host
 
 MATRIX_LIMIT = 64 << 20  # bytes of N x N floats in flight
@@ -51,3 +51,72 @@ def test_matrix_memory_is_bounded() -> None:
 def test_unknown_objective() -> None:
     with pytest.raises(ValueError, match="objective must be one of 'max_min', 'max_sum', got 'min'"):
         plan(objective="min", B=1, N=1, k=1, threads=1)
+
+
+H200 = {"sm_count": 132, "smem_per_block": 227 << 10, "max_cluster": 8}
+A100 = {"sm_count": 108, "smem_per_block": 163 << 10, "max_cluster": 1}
+
+
+def cuda(device: dict[str, int] = H200, first: str = "index0", **problem: Any) -> list[dict[str, Any]]:
+    """The plan taken, then every candidate."""
+    return _host.kcenter_cuda_plans(first=first, **{"C": 1024, "element_bytes": 2} | problem, **device)
+
+
+def cuda_problems() -> list[dict[str, Any]]:
+    return [
+        {"B": batch, "N": n, "k": max(1, n // part), "element_bytes": size, "first": first}
+        for batch, n, part, size, first in itertools.product(
+            (1, 2, 16, 256), (1, 63, 576, 2880, 4096, 4097, 65536, 1 << 20), (1, 10, 1000), (2, 4), FIRSTS
+        )
+    ]
+
+
+@pytest.mark.parametrize("device", [H200, A100], ids=["H200", "A100"])
+def test_cuda_plans_fit_the_device(device: dict[str, int]) -> None:
+    """There is always a plan, it fits, it is the quickest of those that do, and the others say why not."""
+    for problem in cuda_problems():
+        taken, *candidates = cuda(device, **problem)
+        possible = [plan for plan in candidates if plan["refused"] is None]
+        assert taken["refused"] is None, problem
+        assert taken["smem"] <= device["smem_per_block"], problem
+        assert taken["microseconds"] == min(plan["microseconds"] for plan in possible), problem
+        assert all(plan["refused"] for plan in candidates if plan not in possible)
+        for plan in possible:
+            clusters = plan["name"].startswith("cluster") and not plan["name"].startswith("cluster1,")
+            assert not clusters or device["max_cluster"] > 1, problem
+            assert not plan["name"].startswith(("gram", "grid")) or plan["blocks"] <= device["sm_count"], (
+                problem
+            )
+
+
+def test_cuda_matrix_memory_is_bounded() -> None:
+    for problem in cuda_problems():
+        gram = next(plan for plan in cuda(**problem)[1:] if plan["name"] == "gram")
+        if problem["N"] > 4096:
+            assert gram["refused"] is not None
+        elif gram["refused"] is None:
+            assert 4 * problem["N"] ** 2 * gram["items"] <= MATRIX_LIMIT, problem
+            assert gram["items"] >= 1
+
+
+def test_cuda_lazy_needs_scores_that_shrink() -> None:
+    def refused(shrinking: bool) -> set[str | None]:
+        plans = cuda(B=1, N=2880, k=288, shrinking=shrinking)[1:]
+        return {plan["refused"] for plan in plans if plan["name"].endswith("lazy")}
+
+    assert None in refused(shrinking=True)
+    assert refused(shrinking=False) == {"stale scores bound the true ones only under max_min without weights"}
+
+
+def test_cuda_target_shape() -> None:
+    """The floor of the design's target, (1, 576, 1024, 58) in bf16 on an H200, leaves room for 60 us."""
+    taken = cuda(B=1, N=576, k=58, first="largest_nn")[0]
+    assert taken["name"] == "gram"
+    assert 10 < taken["microseconds"] < 60
+
+
+def test_cuda_unknown_rule() -> None:
+    with pytest.raises(
+        ValueError, match="first must be one of 'largest_nn', 'index0', 'centroid', got 'last'"
+    ):
+        cuda(B=1, N=1, k=1, first="last")

@@ -5,8 +5,8 @@
 //   max_min     state = min over centres of cost                 start: +inf
 //   max_sum     state = sum over centres of cost (l2: of |.|)    start: 0
 // The next centre is the token of largest score. Ranking by the state itself (not by 1 + state) keeps the resolution
-// that a rounding 1 - cosine would lose; a weight multiplies the distance, so weighted scores rank by weight * distance.
-// Rows with a non-finite square sum are `invalid`: score -inf, and as centres they change no state.
+// that a rounding 1 - cosine would lose; a weight multiplies the distance, so weighted scores rank by weight *
+// distance. Rows with a non-finite square sum are `invalid`: score -inf, and as centres they change no state.
 #pragma once
 
 #include <cfloat>

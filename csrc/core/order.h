@@ -1,6 +1,6 @@
 // The one ordering rule of the package: larger score first, then smaller index; NaN counts as -inf. A (score, index)
-// pair becomes one 64-bit key whose integer maximum is the winner, so that every reduction (SIMD, warp, cluster, grid) is
-// an integer maximum and gives the same answer in any order.
+// pair becomes one 64-bit key whose integer maximum is the winner, so that every reduction (SIMD, warp, cluster, grid)
+// is an integer maximum and gives the same answer in any order.
 #pragma once
 
 #include <cstdint>

@@ -36,8 +36,8 @@ bool supported(Isa isa) {
     case Isa::avx512_bf16:
       return supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     case Isa::amx:
-      return supported(Isa::avx512_bf16) && __builtin_cpu_supports("amx-bf16") &&
-             __builtin_cpu_supports("amx-int8") && tiles_permitted();
+      return supported(Isa::avx512_bf16) && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+             tiles_permitted();
   }
   return false;
 }

@@ -17,7 +17,8 @@ Isa active_isa();
 constexpr int kIsaCount = 5;
 
 // A function `f` that exists once per compiled level, in the namespaces tokencomp::cpu::<level>:
-//   TOKENCOMP_FOR_EACH_ISA(declare it)        TOKENCOMP_ISA_TABLE(f) = {scalar::f, avx2::f, ...}, null where not compiled
+//   TOKENCOMP_FOR_EACH_ISA(declare it)        TOKENCOMP_ISA_TABLE(f) = {scalar::f, avx2::f, ...}, null where not
+//   compiled
 #if defined(TOKENCOMP_X86_ISAS)
 #define TOKENCOMP_FOR_EACH_ISA(X) X(scalar) X(avx2) X(avx512) X(avx512_bf16) X(amx)
 #define TOKENCOMP_ISA_TABLE(f) {scalar::f, avx2::f, avx512::f, avx512_bf16::f, amx::f}

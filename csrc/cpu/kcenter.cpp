@@ -13,8 +13,8 @@
 
 namespace tokencomp::cpu {
 
-#define TOKENCOMP_DECLARE(isa) \
-  namespace isa {              \
+#define TOKENCOMP_DECLARE(isa)       \
+  namespace isa {                    \
   kcenter::CpuKernel kcenter_select; \
   }
 TOKENCOMP_FOR_EACH_ISA(TOKENCOMP_DECLARE)

@@ -13,7 +13,8 @@ namespace {
 
 using namespace kcenter;
 
-// Elements read that are worth handing to another thread: about 50 us, what waking one costs under a passive wait policy.
+// Elements read that are worth handing to another thread: about 50 us, what waking one costs under a passive wait
+// policy.
 constexpr int64_t kTaskElements = 1 << 20;
 
 // Key of the largest score, lowest index first; kNobody if all are NaN.
@@ -156,7 +157,8 @@ class Selection {
     return best == kNobody ? -1 : index_of(best);
   }
 
-  // ---- streaming and matrix rows --------------------------------------------------------------------------------------
+  // ---- streaming and matrix rows
+  // --------------------------------------------------------------------------------------
 
   template <bool kL2>
   void update(int centre) {
@@ -187,10 +189,11 @@ class Selection {
     }
   }
 
-  // ---- lazy -----------------------------------------------------------------------------------------------------------
+  // ---- lazy
+  // -----------------------------------------------------------------------------------------------------------
 
-  // Folds centres [from, from + cols) into up to kRows tokens, so that a loaded row serves several products. A token may
-  // meet a centre twice: a minimum does not mind.
+  // Folds centres [from, from + cols) into up to kRows tokens, so that a loaded row serves several products. A token
+  // may meet a centre twice: a minimum does not mind.
   template <bool kL2, int kRows>
   void meet(const int* tokens, int count, int from, int cols) {
     const T *rows[kRows], *columns[kTileCols];
@@ -298,7 +301,8 @@ class Selection {
     return count;
   }
 
-  // ---- all pairs ------------------------------------------------------------------------------------------------------
+  // ---- all pairs
+  // ------------------------------------------------------------------------------------------------------
 
   // Costs of every pair once: into the matrix (gram), and their row minima into s.cost (largest_nn).
   template <bool kL2>

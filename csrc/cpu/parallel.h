@@ -17,9 +17,8 @@ static inline void parallel_for(int64_t n, int64_t grain, F&& f) {
     if (n > 0) f(int64_t(0), n);
     return;
   }
-  parallel_run(n, grain, &f, [](void* context, int64_t begin, int64_t end) {
-    (*static_cast<__decltype(&f)>(context))(begin, end);
-  });
+  parallel_run(n, grain, &f,
+               [](void* context, int64_t begin, int64_t end) { (*static_cast<__decltype(&f)>(context))(begin, end); });
 }
 
 }  // namespace tokencomp::cpu

@@ -95,9 +95,7 @@ TC_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 TC_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 TC_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 TC_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-TC_INLINE uint32_t lanes_ge(Vec a, Vec b) {
-  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
-}
+TC_INLINE uint32_t lanes_ge(Vec a, Vec b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))); }
 TC_INLINE float sum(Vec a) {
   const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   const __m128 pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
@@ -163,9 +161,7 @@ TC_INLINE uint32_t lanes_ge(Vec a, Vec b) {
   for (int i = 0; i < kWidth; ++i) mask |= uint32_t(a.v[i] >= b.v[i]) << i;
   return mask;
 }
-TC_INLINE float sum(Vec a) {
-  return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
-}
+TC_INLINE float sum(Vec a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
 TC_INLINE float maximum(Vec a) {
   float m = a.v[0];
   for (int i = 1; i < kWidth; ++i) m = a.v[i] > m ? a.v[i] : m;
@@ -179,7 +175,8 @@ TC_INLINE float minimum(Vec a) {
 
 #endif
 
-// ---- product steps ---------------------------------------------------------------------------------------------------
+// ---- product steps
+// ---------------------------------------------------------------------------------------------------
 
 template <class T>
 struct PackOf {

@@ -121,6 +121,7 @@ std::tuple<Tensor, Tensor> kcenter_greedy(const Tensor& x, int64_t k, std::strin
   Args a = make_args(x, k, objective, metric, first, seed, weight, lengths);
   Outputs out = make_outputs(a, x);
   if (a.B == 0) return {out.index, out.value};
+  const gpu::DeviceGuard device(a.device);
   const gpu::WatchScope scope;
   watch_arguments(a);
   const CudaPlan plan = choose_plan(a);

@@ -5,6 +5,7 @@
 #include <map>
 #include <string>
 
+#include "core/kcenter_plan.h"
 #include "cpu/isa.h"
 #include "cpu/kcenter_plan.h"
 
@@ -34,18 +35,54 @@ py::dict cpu_features() {
   return d;
 }
 
+template <class E>
+E choice(const char* function, const char* argument, const std::string& got, const std::vector<std::string>& names) {
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (names[i] == got) return E(i);
+  }
+  std::string list;
+  for (const std::string& name : names) list += (list.empty() ? "'" : ", '") + name + "'";
+  throw py::value_error(std::string(function) + ": " + argument + " must be one of " + list + ", got '" + got + "'");
+}
+
 py::dict kcenter_cpu_plan(const std::string& objective, bool nonnegative_weights, int64_t B, int64_t N, int64_t k,
                           int threads) {
-  if (objective != "max_min" && objective != "max_sum") {
-    throw py::value_error("kcenter_cpu_plan: objective must be one of 'max_min', 'max_sum', got '" + objective + "'");
-  }
-  const auto which = objective == "max_min" ? kcenter::Objective::max_min : kcenter::Objective::max_sum;
+  const auto which = choice<kcenter::Objective>("kcenter_cpu_plan", "objective", objective, {"max_min", "max_sum"});
   const kcenter::CpuPlan plan = kcenter::plan_cpu(which, nonnegative_weights, B, N, k, threads);
   constexpr const char* kPaths[] = {"lazy", "stream", "gram"};
   py::dict d;
   d["path"] = kPaths[int(plan.path)];
   d["across_items"] = plan.across_items;
   return d;
+}
+
+py::dict describe(const kcenter::CudaPlan& plan) {
+  py::dict d;
+  d["name"] = plan.name();
+  d["blocks"] = plan.size * plan.teams;
+  d["items"] = plan.items;
+  d["smem"] = plan.smem;
+  d["microseconds"] = plan.microseconds;
+  d["refused"] = plan.refused ? py::object(py::str(plan.refused)) : py::none();
+  return d;
+}
+
+std::vector<py::dict> kcenter_cuda_plans(int B, int N, int C, int k, int element_bytes, bool l2, bool shrinking,
+                                         const std::string& first, int sm_count, size_t smem_per_block,
+                                         int max_cluster) {
+  const kcenter::CudaProblem problem{
+      B,
+      N,
+      C,
+      k,
+      element_bytes,
+      l2,
+      shrinking,
+      choice<kcenter::First>("kcenter_cuda_plans", "first", first, {"largest_nn", "index0", "centroid"})};
+  const kcenter::CudaDevice device{sm_count, smem_per_block, max_cluster};
+  std::vector<py::dict> plans{describe(kcenter::plan_cuda(problem, device))};
+  for (const kcenter::CudaPlan& plan : kcenter::cuda_candidates(problem, device)) plans.push_back(describe(plan));
+  return plans;
 }
 
 }  // namespace
@@ -56,4 +93,10 @@ PYBIND11_MODULE(_host, m) {
   m.def("kcenter_cpu_plan", &kcenter_cpu_plan, py::kw_only(), py::arg("objective"),
         py::arg("nonnegative_weights") = true, py::arg("B"), py::arg("N"), py::arg("k"), py::arg("threads"),
         "How kcenter_greedy runs a problem on the CPU: path (lazy, stream, gram) and across_items.");
+  m.def("kcenter_cuda_plans", &kcenter_cuda_plans, py::kw_only(), py::arg("B"), py::arg("N"), py::arg("C"),
+        py::arg("k"), py::arg("element_bytes"), py::arg("l2") = false, py::arg("shrinking") = true, py::arg("first"),
+        py::arg("sm_count") = 132, py::arg("smem_per_block") = 227 << 10, py::arg("max_cluster") = 8,
+        "How kcenter_greedy could run a problem on a CUDA device (default: H200): the plan it takes, then every "
+        "candidate "
+        "with its floor in microseconds, or the reason why it is refused.");
 }

@@ -20,8 +20,8 @@ struct Outputs {
 };
 
 inline Args make_args(const Tensor& x, int64_t k, const std::string& objective, const std::string& metric,
-                      const std::string& first, const std::optional<Tensor>& seed,
-                      const std::optional<Tensor>& weight, const std::optional<Tensor>& lengths) {
+                      const std::string& first, const std::optional<Tensor>& seed, const std::optional<Tensor>& weight,
+                      const std::optional<Tensor>& lengths) {
   constexpr const char* op = "kcenter_greedy";
   constexpr int64_t kMaxBatch = 65535, kMaxTokens = 1 << 20, kMaxChannels = 1 << 20;
   STD_TORCH_CHECK(x.dim() == 3, op, ": x must have shape [B, N, C], got ", shape_of(x));
