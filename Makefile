@@ -45,6 +45,8 @@ $(VENV)/tokencomp: pyproject.toml setup.py $(VENV)/installed
 
 build: $(VENV)/tokencomp
 	$(BIN)/python setup.py -q build_ext --inplace
+	@test -f python/tokencomp/lib/libtokencomp_cuda.so || \
+	  echo "CUDA library: not built (no nvcc found, or TOKENCOMP_CUDA=0); the CPU library is complete"
 
 test-libraries: build
 	$(BIN)/cmake --build build/cmake --target test_libraries -j $(JOBS)

@@ -11,12 +11,18 @@ MATRIX_LIMIT = 64 << 20  # bytes of N x N floats in flight
 
 
 def plan(**problem: Any) -> dict[str, Any]:
-    return _host.kcenter_cpu_plan(**problem)
+    return _host.kcenter_cpu_plan(**{"item_bytes": 1 << 20} | problem)
 
 
 def test_few_picks_never_make_a_matrix() -> None:
     assert plan(objective="max_min", B=1, N=2880, k=64, threads=2)["path"] == "lazy"
     assert plan(objective="max_sum", B=1, N=2880, k=64, threads=2)["path"] == "stream"
+
+
+def test_matrix_pays_earlier_beyond_the_cache() -> None:
+    problem = {"objective": "max_sum", "B": 1, "N": 2880, "k": 200, "threads": 2}
+    assert plan(**problem, item_bytes=12 << 20)["path"] == "stream"
+    assert plan(**problem, item_bytes=47 << 20)["path"] == "gram"
 
 
 def test_negative_weights_are_not_lazy() -> None:

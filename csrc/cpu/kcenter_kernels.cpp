@@ -307,15 +307,16 @@ class Selection {
   // Costs of every pair once: into the matrix (gram), and their row minima into s.cost (largest_nn).
   template <bool kL2>
   void all_pairs(bool nearest_first) {
+    const int64_t side = padded(n) / kBlock, blocks = side * (side + 1) / 2;
+    int64_t next = 0;  // blocks are taken as threads come: one that wakes late must not keep the others waiting
     parallel_for(s.slots, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; ++slot) {
         float* nearest = s.nearest + slot * padded(a.N);
         for (int i = 0; i < n; ++i) nearest[i] = INFINITY;
-        int64_t turn = 0;
-        for (int row0 = 0; row0 < n; row0 += kBlock) {
-          for (int col0 = 0; col0 <= row0; col0 += kBlock) {
-            if (turn++ % s.slots == slot) pair_block<kL2>(row0, col0, nearest_first ? nearest : nullptr);
-          }
+        int64_t row = 0, first = 0;  // row of blocks, and the number of its first one
+        for (int64_t u; (u = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < blocks;) {
+          while (u > first + row) first += ++row;
+          pair_block<kL2>(int(row) * kBlock, int(u - first) * kBlock, nearest_first ? nearest : nullptr);
         }
       }
     });

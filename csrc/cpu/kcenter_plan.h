@@ -22,16 +22,18 @@ struct CpuPlan {
 // An N x N float matrix per item in flight is never made beyond this.
 constexpr int64_t kCpuGramLimitBytes = int64_t(64) << 20;
 
-// Measured break-even, in picks per token (bench/NOTES.md): half of the N^2 tile products cost as much as
-// k = N / kGramBreakEven passes.
-constexpr int kGramBreakEvenStream = 8;
-constexpr int kGramBreakEvenLazy = 2;
+// Measured break-even (bench/NOTES.md): the matrix costs as much as N / kGramBreakEven* picks. Streaming picks are
+// slower, and the matrix pays earlier, where an item does not stay in the last-level cache.
+constexpr int kGramBreakEvenStream = 10, kGramBreakEvenStreamFar = 18, kGramBreakEvenLazy = 2;
+constexpr int64_t kCpuCacheBytes = int64_t(32) << 20;
 
-inline CpuPlan plan_cpu(Objective objective, bool nonnegative_weights, int64_t B, int64_t N, int64_t k, int threads) {
+inline CpuPlan plan_cpu(Objective objective, bool nonnegative_weights, int64_t B, int64_t N, int64_t k,
+                        int64_t item_bytes, int threads) {
   const bool across = B >= threads;
   const bool lazy = objective == Objective::max_min && nonnegative_weights;  // stale scores must be upper bounds
   const int64_t matrix = N * N * int64_t(sizeof(float)) * (across ? threads : 1);
-  const bool many_picks = k * (lazy ? kGramBreakEvenLazy : kGramBreakEvenStream) >= N;
+  const int stream = item_bytes > kCpuCacheBytes ? kGramBreakEvenStreamFar : kGramBreakEvenStream;
+  const bool many_picks = k * (lazy ? kGramBreakEvenLazy : stream) >= N;
   if (many_picks && matrix <= kCpuGramLimitBytes) return {CpuPath::gram, across};
   return {lazy ? CpuPath::lazy : CpuPath::stream, across};
 }
