@@ -25,6 +25,14 @@ def test_matrix_pays_earlier_beyond_the_cache() -> None:
     assert plan(**problem, item_bytes=47 << 20)["path"] == "gram"
 
 
+def test_pairs_that_are_needed_anyway_are_kept() -> None:
+    problem = {"objective": "max_min", "B": 1, "N": 2880, "threads": 2}
+    assert plan(**problem, k=288)["path"] == "lazy"
+    assert plan(**problem, k=288, all_pairs=True)["path"] == "gram"
+    assert plan(**problem, k=28, all_pairs=True)["path"] == "lazy"
+    assert plan(**problem | {"N": 8192}, k=4096, all_pairs=True)["path"] == "lazy"
+
+
 def test_negative_weights_are_not_lazy() -> None:
     """A stale score bounds the true one only where minima shrink it, which a negative weight turns around."""
     assert (

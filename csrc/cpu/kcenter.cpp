@@ -69,7 +69,8 @@ std::tuple<Tensor, Tensor> kcenter_greedy(const Tensor& x, int64_t k, std::strin
   CpuKernel* select = select_isa(kKernels);
   const int threads = thread_count();
   const int64_t item_bytes = int64_t(a.N) * a.C * (a.dtype == DType::f32 ? 4 : 2);
-  const CpuPlan plan = plan_cpu(a.objective, nonnegative(a), a.B, a.N, a.k, item_bytes, threads);
+  const bool all_pairs = !a.seed && a.first == First::largest_nn;
+  const CpuPlan plan = plan_cpu(a.objective, nonnegative(a), all_pairs, a.B, a.N, a.k, item_bytes, threads);
   if (plan.across_items) {
     parallel_for(a.B, 1, [&](int64_t begin, int64_t end) {
       const ScratchMemory memory(a, plan, 1);

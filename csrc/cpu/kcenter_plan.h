@@ -25,15 +25,17 @@ constexpr int64_t kCpuGramLimitBytes = int64_t(64) << 20;
 // Measured break-even (bench/NOTES.md): the matrix costs as much as N / kGramBreakEven* picks. Streaming picks are
 // slower, and the matrix pays earlier, where an item does not stay in the last-level cache.
 constexpr int kGramBreakEvenStream = 10, kGramBreakEvenStreamFar = 18, kGramBreakEvenLazy = 2;
+constexpr int kGramBreakEvenPairs = 16;  // all pairs are needed anyway (largest_nn): only storing them must pay
 constexpr int64_t kCpuCacheBytes = int64_t(32) << 20;
 
-inline CpuPlan plan_cpu(Objective objective, bool nonnegative_weights, int64_t B, int64_t N, int64_t k,
+inline CpuPlan plan_cpu(Objective objective, bool nonnegative_weights, bool all_pairs, int64_t B, int64_t N, int64_t k,
                         int64_t item_bytes, int threads) {
   const bool across = B >= threads;
   const bool lazy = objective == Objective::max_min && nonnegative_weights;  // stale scores must be upper bounds
   const int64_t matrix = N * N * int64_t(sizeof(float)) * (across ? threads : 1);
   const int stream = item_bytes > kCpuCacheBytes ? kGramBreakEvenStreamFar : kGramBreakEvenStream;
-  const bool many_picks = k * (lazy ? kGramBreakEvenLazy : stream) >= N;
+  const int alone = lazy ? kGramBreakEvenLazy : stream;
+  const bool many_picks = k * (all_pairs && alone < kGramBreakEvenPairs ? kGramBreakEvenPairs : alone) >= N;
   if (many_picks && matrix <= kCpuGramLimitBytes) return {CpuPath::gram, across};
   return {lazy ? CpuPath::lazy : CpuPath::stream, across};
 }

@@ -45,10 +45,10 @@ E choice(const char* function, const char* argument, const std::string& got, con
   throw py::value_error(std::string(function) + ": " + argument + " must be one of " + list + ", got '" + got + "'");
 }
 
-py::dict kcenter_cpu_plan(const std::string& objective, bool nonnegative_weights, int64_t B, int64_t N, int64_t k,
-                          int64_t item_bytes, int threads) {
+py::dict kcenter_cpu_plan(const std::string& objective, bool nonnegative_weights, bool all_pairs, int64_t B, int64_t N,
+                          int64_t k, int64_t item_bytes, int threads) {
   const auto which = choice<kcenter::Objective>("kcenter_cpu_plan", "objective", objective, {"max_min", "max_sum"});
-  const kcenter::CpuPlan plan = kcenter::plan_cpu(which, nonnegative_weights, B, N, k, item_bytes, threads);
+  const kcenter::CpuPlan plan = kcenter::plan_cpu(which, nonnegative_weights, all_pairs, B, N, k, item_bytes, threads);
   constexpr const char* kPaths[] = {"lazy", "stream", "gram"};
   py::dict d;
   d["path"] = kPaths[int(plan.path)];
@@ -91,8 +91,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info, "Compilers and targets the package was built with.");
   m.def("cpu_features", &cpu_features, "Instruction-set levels: active, available on this machine, compiled.");
   m.def("kcenter_cpu_plan", &kcenter_cpu_plan, py::kw_only(), py::arg("objective"),
-        py::arg("nonnegative_weights") = true, py::arg("B"), py::arg("N"), py::arg("k"), py::arg("item_bytes"),
-        py::arg("threads"),
+        py::arg("nonnegative_weights") = true, py::arg("all_pairs") = false, py::arg("B"), py::arg("N"), py::arg("k"),
+        py::arg("item_bytes"), py::arg("threads"),
         "How kcenter_greedy runs a problem on the CPU: path (lazy, stream, gram) and across_items.");
   m.def("kcenter_cuda_plans", &kcenter_cuda_plans, py::kw_only(), py::arg("B"), py::arg("N"), py::arg("C"),
         py::arg("k"), py::arg("element_bytes"), py::arg("l2") = false, py::arg("shrinking") = true, py::arg("first"),
