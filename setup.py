@@ -41,6 +41,8 @@ class CMakeBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
             folder.mkdir(parents=True, exist_ok=True)
             subprocess.run(configure, check=True)
             stamp.write_text(told)
+        if options["TOKENCOMP_CUDA"] == "0":  # one from an earlier build would be packaged, and loaded
+            (package / "lib/libtokencomp_cuda.so").unlink(missing_ok=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
         subprocess.run([tool("cmake"), "--build", str(folder), "--target", "package", "-j", jobs], check=True)
 
