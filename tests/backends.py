@@ -18,8 +18,10 @@ EMULATOR = ROOT / "build" / "lib" / "libtokencomp_emu.so"
 
 
 def cuda_missing() -> str:
-    """Why the CUDA back end cannot run here; empty where it can."""
+    """Why the CUDA back end cannot run here; empty where it can. A GPU without it is a failure."""
     cuda = _load.libraries()["cuda"]
+    if not cuda.loaded and torch.cuda.is_available():
+        pytest.fail(f"there is a GPU, but the CUDA library is not loaded: {cuda.reason}")
     return "" if cuda.loaded else cuda.reason
 
 

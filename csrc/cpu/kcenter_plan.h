@@ -25,7 +25,8 @@ constexpr int64_t kCpuGramLimitBytes = int64_t(64) << 20;
 // Measured break-even (bench/NOTES.md): the matrix costs as much as N / kGramBreakEven* picks. Streaming picks are
 // slower, and the matrix pays earlier, where an item does not stay in the last-level cache.
 constexpr int kGramBreakEvenStream = 10, kGramBreakEvenStreamFar = 18, kGramBreakEvenLazy = 2;
-constexpr int kGramBreakEvenPairs = 16;  // all pairs are needed anyway (largest_nn): only storing them must pay
+// Chosen, not fitted: with largest_nn all pairs are computed anyway, and only storing them must pay.
+constexpr int kGramBreakEvenPairs = 16;
 constexpr int64_t kCpuCacheBytes = int64_t(32) << 20;
 
 inline CpuPlan plan_cpu(Objective objective, bool nonnegative_weights, bool all_pairs, int64_t B, int64_t N, int64_t k,
