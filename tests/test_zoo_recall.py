@@ -75,6 +75,27 @@ def test_recall_answers_follow_from_the_facts(length: int, facts: int, queries: 
             assert answer.tolist() == [recall.IGNORE, recall.IGNORE, *values]
 
 
+@pytest.mark.parametrize("facts", [16, 32])
+def test_distinct_questions_are_about_different_facts(facts: int) -> None:
+    tokens, labels = recall.recall(32, 256, facts, 16, seeded(), distinct=True)
+    asked = tokens[:, 256 - 64 :].view(32, 16, 4)[..., 1]
+    assert all(len(set(row.tolist())) == 16 for row in asked)
+    assert len({tuple(row.tolist()) for row in asked}) == 32  # in any order
+    repeated, _ = recall.recall(32, 256, facts, 16, seeded())
+    keys = repeated[:, 256 - 64 :].view(32, 16, 4)[..., 1]
+    assert any(len(set(row.tolist())) < 16 for row in keys)  # the test can fail
+    for row, label in zip(tokens, labels, strict=True):
+        answers = {key: (first, second) for _, key, first, second in facts_of(row, 192)}
+        for question in row[192:].view(-1, 4).tolist():
+            assert tuple(question[2:]) == answers[question[1]]
+        assert torch.equal(label[label != recall.IGNORE], row[192:].view(-1, 4)[:, 2:].flatten())
+
+
+def test_a_distinct_question_may_be_about_the_needle() -> None:
+    tokens, _ = recall.recall(4, 64, 5, 1, seeded(), depth=0.0, distinct=True)
+    assert torch.equal(tokens[:, 2:5], tokens[:, -3:])
+
+
 def test_recall_asks_about_different_facts_in_any_order() -> None:
     tokens, _ = recall.recall(16, 256, 32, 16, seeded())
     asked = tokens[:, 256 - 64 :].view(16, 16, 4)[..., 1]
@@ -104,6 +125,7 @@ def test_generators_are_functions_of_the_generator() -> None:
         lambda generator: recall.copying(4, 64, generator),
         lambda generator: recall.recall(4, 128, 16, 8, generator),
         lambda generator: recall.recall(4, 128, 16, 8, generator, depth=0.5),
+        lambda generator: recall.recall(4, 128, 16, 8, generator, distinct=True),
     ):
         torch.manual_seed(1)
         first = draw(seeded(3))
@@ -125,6 +147,8 @@ def test_generators_are_functions_of_the_generator() -> None:
         ({"batch": 0}, "batch"),
         ({"depth": 1.5}, r"depth must be in \[0, 1\], got 1.5"),
         ({"length": 4096, "facts": 129}, "facts <= 128"),
+        ({"distinct": True}, "distinct questions must be <= 3, the facts asked about, got 8"),
+        ({"distinct": True, "depth": 0.5}, "distinct questions must be <= 1"),
     ],
 )
 def test_recall_refuses_what_does_not_fit(arguments: dict[str, Any], message: str) -> None:
@@ -190,3 +214,28 @@ def test_score_reads_the_model() -> None:
     other = Oracle(True)
     recall.score(other, 64, 6, 5, 3, 10)
     assert not any(torch.equal(a, b) for a, b in zip(oracle.seen, other.seen, strict=True))
+
+
+def test_scores_of_other_draws() -> None:
+    """Whoever repeats what followed the same token last copies rightly, and finds a fact that is alone."""
+
+    def induction(input_ids: Tensor, use_cache: bool) -> Any:
+        """What followed the last time that this token was seen."""
+        (row,) = input_ids.tolist()
+        logits = torch.zeros(1, len(row), recall.VOCABULARY)
+        for now in range(len(row)):
+            before = [at for at in range(now) if row[at] == row[now]]
+            if before:
+                logits[0, now, row[before[-1] + 1]] = 1
+        return type("Output", (), {"logits": logits})
+
+    right = recall.copying_score(induction, 40, 3, 9)
+    _, labels = recall.copying(1, 40, seeded(9))
+    assert right.all()
+    assert len(right) > int((labels != recall.IGNORE).sum())  # of three rows
+    distinct, _ = recall.score(induction, 64, 6, 5, 3, 9, distinct=True)
+    assert len(distinct) == 15
+    (needle,), (first, second) = recall.score(induction, 200, 1, 1, 1, 9, depth=0.0)
+    assert needle
+    assert first
+    assert second

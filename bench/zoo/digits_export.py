@@ -1,52 +1,23 @@
 """Scores the digit models as they ship, in stock code from bfloat16 weights, and writes weights and card."""
 
 import argparse
-import hashlib
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from cards import interval, round_weights, save
 from digits_training import Run
-from safetensors.torch import save_file
 from tokencomp.zoo import digits
 
 DATA = (
     "scikit-learn load_digits (8 x 8 scans), split by image with seed 0: 1347 for training, 450 held out; "
     "canvases drawn anew for every step by tokencomp.zoo.digits"
 )
-SAMPLES = {"digits-vlm": 1024, "digits-vit": 4096}  # canvases; of each kind of question
+# Canvases, of each kind of question; drawn from the 450 held-out digits: intervals do not speak of writers.
+SAMPLES = {"digits-vlm": 1024, "digits-vit": 4096}
 SEED = 7
 GOALS = {"digits-vlm": 0.95, "digits-vit": 0.97}
-
-
-def save(name: str, model: Any, card: dict[str, Any], folder: Path) -> Path:
-    """Writes weights (``<name>.safetensors``, bfloat16) and card (``<name>.json``), returns the former."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {key: value.bfloat16().contiguous() for key, value in model.state_dict().items()}
-    file = folder / f"{name}.safetensors"
-    save_file(weights, file, metadata={"format": "pt"})
-    file.chmod(0o644)
-    card = {
-        "name": name,
-        "architecture": type(model).__name__,
-        **card,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "config": model.config.to_diff_dict(),
-    }
-    (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
-    return file
-
-
-def interval(share: float, samples: int) -> list[float]:
-    """The 95 % Wilson interval of a share: of canvases drawn from the 450 held-out digits, not of writers."""
-    z = 1.96
-    middle = (share + z * z / (2 * samples)) / (1 + z * z / samples)
-    half = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples**2)) / (1 + z * z / samples)
-    return [round(middle - half, 4), round(middle + half, 4)]
 
 
 def score(name: str, model: Any) -> list[dict[str, Any]]:
@@ -69,9 +40,7 @@ def export(name: str, model: Any, run: Run, options: argparse.Namespace) -> bool
     minutes = round(run.elapsed() / 60, 1)
     model.set_attn_implementation("sdpa")
     model.eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16().float())
+    round_weights(model)
     scores = score(name, model)
     for entry in scores:
         print(json.dumps(entry), flush=True)

@@ -4,7 +4,7 @@
 how, and what it scores. One module per kind of data, pure functions of a ``torch.Generator``.
 """
 
-from tokencomp.zoo import digits, recall
+from tokencomp.zoo import digits, recall, text
 from tokencomp.zoo.base import card, load, names
 
-__all__ = ["card", "digits", "load", "names", "recall"]
+__all__ = ["card", "digits", "load", "names", "recall", "text"]

@@ -1,21 +1,23 @@
 """Data of recall-lm: copying, and recall of facts scattered in filler, drawn from a ``torch.Generator``.
 
-Everything is one vocabulary of 256 tokens: BOS, FACT and QUERY marks, 128 keys, 64 values, and 56 of filler.
+Everything is one vocabulary of 512 tokens: BOS, FACT and QUERY marks, 128 keys, 64 values, 56 of filler, and
+256 for the bytes of ``tokencomp.zoo.text``.
 ``labels`` follow the Hugging Face convention: the label at position t is the token at position t, to be
 predicted from the tokens before it; IGNORE where nothing is asked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-VOCABULARY = 256
+VOCABULARY = 512
 BOS, FACT, QUERY = 0, 1, 2
 KEYS, KEY_COUNT = 8, 128  # tokens 8..135
 VALUES, VALUE_COUNT = 136, 64  # tokens 136..199
 FILLER = 200  # tokens 200..255
+BYTES = 256  # token 256 + b is byte b of text
 IGNORE = -100
 FACT_TOKENS = 4  # FACT key value value; a question is as long: QUERY key value value
 SHORTEST_PERIOD = 4
@@ -47,6 +49,7 @@ def recall(
     queries: int,
     generator: Generator,
     depth: float | None = None,
+    distinct: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Associative recall of several facts: ``(tokens, labels)``, both ``[batch, length]`` int64.
 
@@ -57,7 +60,10 @@ def recall(
     With ``depth`` in [0, 1] one fact, the needle, lies at that share of the way from the first place to the
     last, and every question is about it; the other facts are distractors (none for ``facts=1``).
 
-    Raises ValueError where the facts do not fit or are more than there are keys.
+    With ``distinct`` no two questions are about the same fact, so that no answer can be read off an earlier
+    one. Then ``queries`` is at most ``facts``, and 1 with ``depth``, which has one fact to ask about.
+
+    Raises ValueError where the facts do not fit, are more than there are keys, or too few for the questions.
     """
     context = length - queries * FACT_TOKENS
     places = (context - 1) // FACT_TOKENS
@@ -68,7 +74,12 @@ def recall(
         )
     if depth is not None and not 0.0 <= depth <= 1.0:
         raise ValueError(f"recall: depth must be in [0, 1], got {depth!r}")
-    tokens = torch.randint(FILLER, VOCABULARY, (batch, length), generator=generator)
+    askable = facts if depth is None else 1
+    if distinct and queries > askable:
+        raise ValueError(
+            f"recall: distinct questions must be <= {askable}, the facts asked about, got {queries}"
+        )
+    tokens = torch.randint(FILLER, BYTES, (batch, length), generator=generator)
     tokens[:, 0] = BOS
     keys = torch.rand(batch, KEY_COUNT, generator=generator).argsort(dim=1)[:, :facts] + KEYS
     values = torch.randint(VALUES, VALUES + VALUE_COUNT, (batch, facts, 2), generator=generator)
@@ -81,7 +92,10 @@ def recall(
     where = start[..., None] + torch.arange(FACT_TOKENS)
     tokens.scatter_(1, where.flatten(1), entries.flatten(1))
 
-    asked = torch.randint(0, facts if depth is None else 1, (batch, queries), generator=generator)
+    if distinct:
+        asked = torch.rand(batch, askable, generator=generator).argsort(dim=1)[:, :queries]
+    else:
+        asked = torch.randint(0, askable, (batch, queries), generator=generator)
     questions = entries.gather(1, asked[..., None].expand(-1, -1, FACT_TOKENS)).clone()
     questions[..., 0] = QUERY
     tokens[:, context:] = questions.flatten(1)
@@ -117,20 +131,48 @@ def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
     return wrong.scatter_add_(0, run, (~right).long()) == 0
 
 
-@torch.no_grad()
 def score(
-    model: Callable[..., Any], length: int, facts: int, queries: int, rows: int, seed: int
+    model: Callable[..., Any],
+    length: int,
+    facts: int,
+    queries: int,
+    rows: int,
+    seed: int,
+    depth: float | None = None,
+    distinct: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Answers of a causal language model to ``recall`` of ``rows`` rows drawn from ``seed``.
 
     Returns bool ``exact_match`` ``[rows * queries]`` and ``hits`` ``[rows * queries * 2]``. One row at a
     time, so that the same seed with more rows begins with the same samples.
     """
-    generator = Generator().manual_seed(seed)
-    exact, single = [], []
-    for _ in range(rows):
-        tokens, labels = recall(1, length, facts, queries, generator)
-        logits = model(input_ids=tokens, use_cache=False).logits
-        exact.append(exact_match(logits, labels))
-        single.append(hits(logits, labels))
+
+    def row(generator: Generator) -> tuple[Tensor, Tensor]:
+        return recall(1, length, facts, queries, generator, depth, distinct)
+
+    answers = [(exact_match(*answer), hits(*answer)) for answer in _answers(model, row, rows, seed)]
+    exact, single = zip(*answers, strict=True)
     return torch.cat(exact), torch.cat(single)
+
+
+def copying_score(model: Callable[..., Any], length: int, rows: int, seed: int) -> Tensor:
+    """``hits`` of a causal language model on ``copying`` of ``rows`` rows drawn from ``seed``."""
+
+    def row(generator: Generator) -> tuple[Tensor, Tensor]:
+        return copying(1, length, generator)
+
+    return torch.cat([hits(*answer) for answer in _answers(model, row, rows, seed)])
+
+
+@torch.no_grad()
+def _answers(
+    model: Callable[..., Any],
+    row: Callable[[Generator], tuple[Tensor, Tensor]],
+    rows: int,
+    seed: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``(logits, labels)`` of each of ``rows`` rows."""
+    generator = Generator().manual_seed(seed)
+    for _ in range(rows):
+        tokens, labels = row(generator)
+        yield model(input_ids=tokens, use_cache=False).logits, labels
