@@ -125,15 +125,6 @@ def test_a_missing_build_is_one_readable_error(tmp_path: Path) -> None:
     assert "pip install -e . --no-build-isolation" in done.stderr
 
 
-def test_uniform_grid_is_even() -> None:
-    demo = pytest.importorskip("tokencomp.demo")
-    for rows, columns, k in ((26, 40, 104), (26, 40, 1), (5, 3, 15), (7, 9, 11)):
-        kept = demo.uniform_grid(rows, columns, k).tolist()
-        assert len(set(kept)) == k
-        assert min(kept) >= 0
-        assert max(kept) < rows * columns
-
-
 def test_demo_quality_by_hand() -> None:
     demo = pytest.importorskip("tokencomp.demo")
     x = torch.tensor([[[1.0, 0], [0, 2], [3, 3]]])

@@ -220,7 +220,7 @@ SAMPLE = 96  # canvases of each score that is measured again
 def test_scores_are_those_of_the_card(name: str) -> None:
     """On other held-out canvases than the card's: within 4 sigma of a binomial."""
     pytest.importorskip("transformers", reason="the zoo needs the extra hf")
-    model = zoo.load(name)
+    model, _ = zoo.load(name)
     scores = {entry["task"]: entry["score"] for entry in zoo.card(name)["scores"]}
     if name == "digits-vit":
         found = {"digit": digits.vit_accuracy(model, SAMPLE, 11)}
@@ -237,7 +237,7 @@ def test_scores_are_those_of_the_card(name: str) -> None:
 def test_generate_agrees_with_the_score(name: str) -> None:
     """Free greedy generation says what ``vlm_matches`` counts, and blank images are not answered so well."""
     pytest.importorskip("transformers", reason="the zoo needs the extra hf")
-    model = zoo.load(name)
+    model, _ = zoo.load(name)
     batch = digits.vlm_batch("cell", 24, seeded(12))
     said = model.generate(
         input_ids=batch.prompts, pixel_values=batch.pixels, max_new_tokens=2, do_sample=False

@@ -1,4 +1,4 @@
-"""The command line: ``python -m tokencomp demo | info | methods | bench``."""
+"""The command line: ``python -m tokencomp demo | eval | info | methods | bench``."""
 
 import argparse
 import os
@@ -11,6 +11,7 @@ import torch
 
 import tokencomp
 from tokencomp import _load, methods
+from tokencomp.eval import command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tokencomp", description="Token compression for Transformers.")
     parser.add_argument("--version", action="version", version=f"tokencomp {tokencomp.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="select tokens of two photographs and draw what is kept")
+    demo = commands.add_parser("demo", help="select tokens of two photographs and of the models that ship")
     demo.add_argument("--keep", type=float, default=0.1, help="share of tokens kept (default 0.1)")
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default out/)")
     commands.add_parser(
@@ -28,11 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser(
         "bench", help="run the benches of the source checkout (options: bench --help)", add_help=False
     )
+    evaluation = commands.add_parser("eval", help="quality, bytes and times of a compressed model that ships")
+    command.add_arguments(evaluation)
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "demo":
         return _demo(args.keep, args.out)
+    if args.command == "eval":
+        return command.run(args)
     if args.command == "info":
         return _info()
     return _methods() if args.command == "methods" else _bench(rest)

@@ -1,5 +1,7 @@
 """The demo: keep a tenth of the patches of two photographs, by k-center, at random, and on a uniform grid.
 
+Then the models that ship: ``demo_models``.
+
 A patch of 16 x 16 pixels is a token. Its features are the low frequencies of its colours: the 2-D cosine
 transform of luma around mid-grey (8 x 8 coefficients) and, twice as heavy, of red and blue against luma (4 x
 4 each), and a constant that keeps nearly grey patches alike: 97 channels. The pictures show what is kept, the
@@ -9,6 +11,7 @@ represented worst: the radius.
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp import ops
+from tokencomp.reference import grid_keep
 from tokencomp.reference.kcenter_plain import plain_loop
 
 PATCH = 16
@@ -97,17 +101,6 @@ def _similarity(x: Tensor, kept: Tensor) -> Tensor:
     return unit @ unit[kept].T
 
 
-def uniform_grid(rows: int, columns: int, k: int) -> Tensor:
-    """k tokens of a raster of ``rows`` x ``columns``, at nearly equal steps in both directions."""
-    lines = min(rows, max(1, round(math.sqrt(k * rows / columns))))
-    kept = []
-    for line in range(lines):
-        count = k * (line + 1) // lines - k * line // lines
-        row = (2 * line + 1) * rows // (2 * lines)
-        kept += [row * columns + (2 * i + 1) * columns // (2 * count) for i in range(count)]
-    return torch.tensor(kept)
-
-
 def median_ms(*calls: Callable[[], object]) -> list[float]:
     """Median milliseconds of each call, taking turns, so that a busy moment hits all alike."""
     times: list[list[float]] = [[] for _ in calls]
@@ -132,13 +125,19 @@ def run(keep: float, out: Path) -> int:
         draws = [
             torch.randperm(n, generator=torch.Generator().manual_seed(i))[:k] for i in range(RANDOM_DRAWS)
         ]
-        chosen = {"k-center": picks, "random": draws[0], "uniform grid": uniform_grid(*photo.grid, k)}
+        chosen = {"k-center": picks, "random": draws[0], "uniform grid": grid_keep(*photo.grid, k)}
         measured = {name: [quality(x, kept)] for name, kept in chosen.items()}
         measured["random"] = [quality(x, kept) for kept in draws]
         _print_table(photo.name, n, k, x, measured)
         path = out / f"demo_{photo.name}.png"
         draw(photo, x, chosen, measured).save(path)
         print(f"  picture: {path}\n")
+    try:
+        from tokencomp import demo_models
+
+        demo_models.run()
+    except ImportError as error:
+        print(f"models that ship: not shown, {error}", file=sys.stderr)
     return 0
 
 

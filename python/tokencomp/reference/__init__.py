@@ -1,8 +1,28 @@
 """Every operator in plain PyTorch, short and float64-capable: the specification and the tests' oracle.
 
-Each function takes the operator's arguments plus ``dtype``, the type all arithmetic is done in.
+Each function of an operator takes the operator's arguments plus ``dtype``, the type all arithmetic is done
+in. ``kept_keys``, ``kept_patches`` and ``kept_visual`` drop given tokens of a Hugging Face model, ``*_keep``
+choose them: the oracles of compressed models and the baselines they are compared with.
 """
 
 from tokencomp.reference.kcenter import Replay, kcenter_greedy, replay
+from tokencomp.reference.kept_keys import Kept, kept_keys
+from tokencomp.reference.kept_patches import KeptTokens, kept_patches
+from tokencomp.reference.kept_visual import KeptVisual, kept_visual
+from tokencomp.reference.selection import ends_keep, grid_keep, random_keep, stride_keep
 
-__all__ = ["Replay", "kcenter_greedy", "replay"]
+__all__ = [
+    "Kept",
+    "KeptTokens",
+    "KeptVisual",
+    "Replay",
+    "ends_keep",
+    "grid_keep",
+    "kcenter_greedy",
+    "kept_keys",
+    "kept_patches",
+    "kept_visual",
+    "random_keep",
+    "replay",
+    "stride_keep",
+]

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tokencomp.zoo.tasks import Task, tasks_of
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -37,11 +39,12 @@ def card(name: str) -> dict[str, Any]:
     return dict(content)
 
 
-def load(name: str) -> Any:
-    """The trained model, a ``transformers.PreTrainedModel`` in eval mode on the CPU, float32.
+def load(name: str) -> tuple[Any, dict[str, Task]]:
+    """The trained model, a ``transformers.PreTrainedModel`` in eval mode on the CPU, float32, and its tasks.
 
-    The weights are stored as bfloat16 and read only if they are, byte for byte, those the card was written
-    for. The state of torch's random generator is left as it is.
+    The tasks are by name, see ``tokencomp.zoo.tasks``. The weights are stored as bfloat16 and read only if
+    they are, byte for byte, those the card was written for. The state of torch's random generator is left as
+    it is.
 
     Raises:
         ValueError: unknown name.
@@ -63,7 +66,7 @@ def load(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         model = architecture(architecture.config_class.from_dict(about["config"]))
     model.load_state_dict(weights, strict=True)
-    return model.eval()
+    return model.eval(), tasks_of(name, about)
 
 
 def _import(module: str) -> ModuleType:

@@ -1,0 +1,169 @@
+"""Pictures of a table: quality against bytes with the Pareto front, kept tokens on an image, needle depths.
+
+Drawn without pyplot, so that no display is asked for and no state of the caller's changes. The colours are
+those of Okabe and Ito, told apart without colour vision; every method has its own marker too.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokencomp.eval.table import Row, Table
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C564B")
+MARKERS = "osD^vP*X"
+DPI = 150
+DIMMED = 0.22
+
+
+def save(table: Table, folder: Path, stem: str) -> list[Path]:
+    """Draws what the table has data for; returns the files."""
+    figures = {"quality": quality(table)}
+    if table.picture is not None and table.grid is not None:
+        figures["kept"] = overlay(table)
+    if table.rows[0].groups:
+        figures["groups"] = heat_map(table)
+    written = []
+    for name, figure in figures.items():
+        written.append(folder / f"{stem}_{name}.png")
+        figure.savefig(written[-1], dpi=DPI)
+    return written
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def methods(table: Table) -> list[str]:
+    """The methods of a table, in its order, without ``none``."""
+    return list(dict.fromkeys(row.method for row in table.rows if row.method != "none"))
+
+
+def cost(row: Row) -> float:
+    """What a row is paid with: KiB of cache, or tokens where there is no cache."""
+    return row.tokens_kept if row.kv_bytes is None else row.kv_bytes / 1024
+
+
+def pareto(table: Table) -> list[Row]:
+    """Rows no other row beats in both score and cost, by rising cost."""
+    sign = 1 if table.higher_is_better else -1
+    front: list[Row] = []
+    for row in sorted(table.rows, key=lambda row: (cost(row), -sign * row.score.mean)):
+        if not front or sign * row.score.mean > sign * front[-1].score.mean:
+            front.append(row)
+    return front
+
+
+def quality(table: Table) -> Any:
+    """Score against cost, a line a method, with intervals; the Pareto front is a band behind."""
+    figure = _figure(7.2, 4.8)
+    axes = figure.add_subplot()
+    none = table.rows[0]
+    axes.axhline(none.score.mean, color="black", linewidth=0.8, linestyle=":", zorder=1)
+    front = pareto(table)
+    axes.plot(
+        [cost(row) for row in front], [row.score.mean for row in front],
+        color="#F0E442", linewidth=9, alpha=0.7, solid_capstyle="round", marker="o", markersize=13,
+        markeredgewidth=0, zorder=0, label="Pareto front",
+    )  # fmt: skip
+    for i, method in enumerate(["none", *methods(table)]):
+        rows = [row for row in table.rows if row.method == method]
+        points = [row.score.mean for row in rows]
+        errors = [
+            [max(0.0, row.score.mean - row.score.low) for row in rows],
+            [max(0.0, row.score.high - row.score.mean) for row in rows],
+        ]
+        axes.errorbar(
+            [cost(row) for row in rows], points, yerr=errors, label=method, capsize=3, linewidth=1.4,
+            color="black" if i == 0 else COLOURS[(i - 1) % len(COLOURS)],
+            marker="*" if i == 0 else MARKERS[(i - 1) % len(MARKERS)], markersize=11 if i == 0 else 6,
+            zorder=2 + i,
+        )  # fmt: skip
+    axes.set_xlim(left=0)
+    if table.higher_is_better:
+        axes.set_ylim(-0.03, 1.03)
+    has_cache = none.kv_bytes is not None
+    axes.set_xlabel("KV cache after the prompt (KiB)" if has_cache else "image tokens kept")
+    axes.set_ylabel(table.unit)
+    axes.set_title(
+        f"{table.model}, {table.task}: {table.samples} samples, 95 % intervals", fontsize=11, loc="left"
+    )
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def overlay(table: Table) -> Any:
+    """The first sample's image: a column a method, a row a budget, dropped tokens dimmed."""
+    assert table.picture is not None
+    assert table.grid is not None
+    image = table.picture.permute(1, 2, 0).float().cpu().numpy()
+    image = (image - image.min()) / max(float(image.max() - image.min()), 1e-6)
+    columns = methods(table)
+    budgets = sorted({row.budget for row in table.rows if row.method != "none"})
+    figure = _figure(1.9 * (len(columns) + 1) + 0.4, 1.95 * len(budgets) + 0.5)
+    panels = figure.subplots(len(budgets), len(columns) + 1, squeeze=False)
+    for y, budget in enumerate(budgets):
+        _show(panels[y][0], image, "all tokens" if y == 0 else "")
+        for x, method in enumerate(columns, 1):
+            row = table.row(method, budget)
+            _show(panels[y][x], _dimmed(image, row.kept_tokens, table.grid), method if y == 0 else "")
+            panels[y][x].set_xlabel(f"{len(row.kept_tokens)} of {row.tokens_total:.0f}", fontsize=8)
+        panels[y][0].set_ylabel(f"budget {budget:g}", fontsize=10)
+    figure.suptitle(f"{table.model}, {table.task}: tokens kept of the first sample", fontsize=11)
+    return figure
+
+
+def _show(axes: Any, image: NDArray[np.float32], title: str) -> None:
+    axes.imshow(image, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=10)
+
+
+def _dimmed(image: NDArray[np.float32], kept: tuple[int, ...], grid: tuple[int, int]) -> NDArray[np.float32]:
+    """``image`` ``[H, W, 3]`` with the cells of ``grid`` that are not kept faded to white."""
+    bright = np.zeros(grid[0] * grid[1], dtype=bool)
+    bright[list(kept)] = True
+    rows, columns = image.shape[0] // grid[0], image.shape[1] // grid[1]
+    mask = np.kron(bright.reshape(grid), np.ones((rows, columns), dtype=bool))[..., None]
+    return np.where(mask, image, DIMMED * image + (1 - DIMMED) * 0.85).astype(np.float32)
+
+
+def heat_map(table: Table) -> Any:
+    """Mean score by group and budget, a panel a method; the uppermost row of each is the whole cache."""
+    names, budgets = methods(table), sorted({row.budget for row in table.rows if row.method != "none"})
+    groups = list(table.rows[0].groups)
+    groups.sort(key=float)
+    figure = _figure(0.78 * len(groups) * len(names) + 2.2, 0.55 * (len(budgets) + 1) + 1.5)
+    panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    values = [list(row.groups.values()) for row in table.rows]
+    low, high = (0.0, 1.0) if table.higher_is_better else (np.min(values), np.max(values))
+    drawn = None
+    for axes, method in zip(panels, names, strict=True):
+        rows = [table.rows[0], *(table.row(method, budget) for budget in reversed(budgets))]
+        cells = np.array([[row.groups[group] for group in groups] for row in rows])
+        drawn = axes.imshow(cells, vmin=low, vmax=high, cmap="cividis", aspect="auto")
+        for (y, x), value in np.ndenumerate(cells):
+            shade = (value - low) / max(high - low, 1e-9)
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8,
+                      color="black" if shade > 0.5 else "white")  # fmt: skip
+        axes.set_title(method, fontsize=10)
+        axes.set_xticks(range(len(groups)), groups, fontsize=9)
+        axes.set_xlabel(table.group_label, fontsize=9)
+        axes.set_yticks(range(len(rows)), ["all", *(f"{b:g}" for b in reversed(budgets))], fontsize=9)
+        axes.axhline(0.5, color="white", linewidth=2)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+    panels[0].set_ylabel("budget (share of keys kept)", fontsize=9)
+    bar = figure.colorbar(drawn, ax=list(panels), fraction=0.04, pad=0.02)
+    bar.set_label(table.unit, fontsize=9)
+    each = table.samples / len(groups)
+    figure.suptitle(f"{table.model}, {table.task}: about {each:.0f} samples a cell", fontsize=11)
+    return figure
