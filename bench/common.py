@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,24 @@ def median_seconds(
     while len(times) < 3 or (len(times) < repeats and time.perf_counter() - begin < budget):
         times.append(_seconds(lambda: call(len(times) + 1), device))
     return statistics.median(times)
+
+
+def interleaved_seconds(
+    calls: dict[str, Callable[[int], Any]], device: str, *, repeats: int = 200, budget: float = 5.0
+) -> dict[str, float]:
+    """Best time of each call where they take turns: 3 to ``repeats`` rounds, about ``budget`` seconds.
+
+    For shared machines: what slows one contender slows all, and the best is what the code itself takes.
+    """
+    best = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        call(0)
+    begin, turn = time.perf_counter(), 0
+    while turn < 3 or (turn < repeats and time.perf_counter() - begin < budget):
+        turn += 1
+        for name, call in calls.items():
+            best[name] = min(best[name], _seconds(partial(call, turn), device))
+    return best
 
 
 def _seconds(call: Callable[[], Any], device: str) -> float:

@@ -2,5 +2,16 @@
 #include <torch/csrc/stable/library.h>
 
 #include "op/kcenter.h"
+#include "op/merge.h"
+#include "op/topk.h"
 
-STABLE_TORCH_LIBRARY(TOKENCOMP_NAMESPACE, m) { m.def(tokencomp::kcenter::kSchema); }
+STABLE_TORCH_LIBRARY(TOKENCOMP_NAMESPACE, m) {
+  m.def(tokencomp::kcenter::kSchema);
+  m.def(tokencomp::topk::kSelectSchema);
+  m.def(tokencomp::topk::kToppSchema);
+  m.def(tokencomp::topk::kBudgetSchema);
+  m.def(tokencomp::merge::kMatchSchema);
+  m.def(tokencomp::merge::kEnergySchema);
+  m.def(tokencomp::merge::kMapSchema);
+  m.def(tokencomp::merge::kMergeSchema);
+}

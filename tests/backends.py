@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Inputs
+from cases import Inputs, keep_strides
 from tokencomp import _load, ops
 from tokencomp.ops import _namespace
 from torch import Tensor
@@ -45,11 +45,35 @@ class Backend:
             index, value = ops.kcenter_greedy(call.x, call.k, **call.options)
         return index.cpu(), value.cpu()
 
+    def run(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """The operator ``name`` through its wrapper; tensors from the CPU, results to the CPU."""
+        with self.active():
+            return _moved(getattr(ops, name)(*self._here(arguments), **self._here(options)), "cpu")
+
+    def run_kernel(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """The operator below the wrapper: values are not checked in Python."""
+        kernel = getattr(getattr(torch.ops, self.namespace), name)
+        return _moved(kernel(*self._here(arguments), **self._here(options)), "cpu")
+
+    def _here(self, values: Any) -> Any:
+        return _moved(values, self.device)
+
     def kernel(self, x: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
         """The operator below the wrapper: values are not checked in Python."""
         call = Inputs(x, k, options).to(self.device)
         index, value = getattr(torch.ops, self.namespace).kcenter_greedy(call.x, call.k, **call.options)
         return index.cpu(), value.cpu()
+
+
+def _moved(values: Any, device: str) -> Any:
+    """Tensors in (nested) tuples and dictionaries on another device, with the strides they have."""
+    if isinstance(values, Tensor):
+        return keep_strides(values, device)
+    if isinstance(values, tuple | list):
+        return tuple(_moved(value, device) for value in values)
+    if isinstance(values, dict):
+        return {key: _moved(value, device) for key, value in values.items()}
+    return values
 
 
 def make_backend(name: str) -> Backend:

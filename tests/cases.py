@@ -100,6 +100,11 @@ class KCenterCase:
             options["seed"] = self._seeds(g)
         return Inputs(_laid_out(x, self.layout), self.k, options)
 
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the operator."""
+        call = self.inputs()
+        return (call.x, call.k), call.options
+
     def _rows(self, g: torch.Generator) -> Tensor:
         shape = (self.B, self.N, self.C)
         if self.data == "lattice":

@@ -8,10 +8,40 @@ import sys
 
 import torch
 from cases import KCENTER_CASES, KCENTER_EXACT
+from cases_merge import ENERGY_CASES, MATCH_CASES, MATCH_EXACT
+from cases_merge_map import MERGE_CASES
+from cases_topk import TOPK_CASES
+from merge_yardstick import assert_energies, assert_matches, assert_merged
 from tokencomp import cpu_features, ops, reference
 from yardstick import assert_agrees
 
 WORK_LIMIT = 8_000_000
+
+
+def merge_family() -> int:
+    judges = (
+        (ops.cosine_match, assert_matches, MATCH_CASES),
+        (ops.energy_score, assert_energies, ENERGY_CASES),
+        (ops.merge_tokens, assert_merged, MERGE_CASES),
+    )
+    count = 0
+    for operator, judge, cases in judges:
+        for case in cases:
+            if case.slow or case.work > WORK_LIMIT:
+                continue
+            call = case.inputs()
+            result = operator(*call.arguments, **call.options)
+            try:
+                judge(call, *(result if isinstance(result, tuple) else (result,)))
+            except AssertionError as error:
+                raise AssertionError(f"{case.name}: {error}") from error
+            count += 1
+    for case in MATCH_EXACT:
+        call = case.inputs()
+        got = ops.cosine_match(*call.arguments, **call.options)
+        want = reference.cosine_match(*call.arguments, **call.options, dtype=torch.float32)
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True)), case.name
+    return count + len(MATCH_EXACT)
 
 
 def main(level: str) -> None:
@@ -31,7 +61,14 @@ def main(level: str) -> None:
             assert_agrees(call, *ops.kcenter_greedy(call.x, call.k, **call.options))
         except AssertionError as error:
             raise AssertionError(f"{case.name}: {error}") from error
-    print(f"{level}: {len(exact)} exact and {len(close)} close cases")
+    selections = [case for case in TOPK_CASES if not case.slow]
+    for case in selections:
+        args, options = case.arguments()
+        got, want = (getattr(where, case.op)(*args, **options) for where in (ops, reference))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), case.name
+    merged = merge_family()
+    exact_count = len(exact) + len(selections)
+    print(f"{level}: {merged} of the merge family, {exact_count} exact and {len(close)} close cases")
 
 
 if __name__ == "__main__":

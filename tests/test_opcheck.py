@@ -1,16 +1,37 @@
 """torch.library.opcheck on every operator, and the operators under torch.compile, fake and meta tensors."""
 
+from typing import Any
+
 import pytest
 import torch
 from backends import Backend
-from cases import KCENTER_CASES, KCENTER_EXACT, Inputs, KCenterCase
-from tokencomp import ops
+from cases import KCENTER_CASES, KCENTER_EXACT, Inputs
+from cases_merge import ENERGY_CASES, MATCH_CASES, MATCH_EXACT
+from cases_merge_map import MAP_CASES, MERGE_CASES, MergeCase
+from cases_topk import TOPK_CASES, TOPK_OPS
+from tokencomp import ops, token_map
 from tokencomp.ops import _namespace
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Operator -> cases small enough for opcheck, which runs each several times.
-CASES = {"kcenter_greedy": [c for c in KCENTER_CASES + KCENTER_EXACT if c.work <= 60_000]}
+CASES: dict[str, list[Any]] = {
+    "kcenter_greedy": [c for c in KCENTER_CASES + KCENTER_EXACT if c.work <= 60_000],
+    **{op: [c for c in TOPK_CASES if c.op == op and c.work <= 100_000][::4] for op in TOPK_OPS},
+    "cosine_match": [c for c in MATCH_CASES + MATCH_EXACT if c.work <= 900_000][::9],
+    "energy_score": [c for c in ENERGY_CASES if c.work <= 900_000][::9],
+    "bipartite_map": [c for c in MAP_CASES if c.N <= 61][::16],
+    "merge_tokens": [c for c in MERGE_CASES if c.work <= 40_000][::9],
+}
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def call_of(case: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the operator; each family's cases draw them in their own way."""
+    if hasattr(case, "arguments"):
+        positional, options = case.arguments()
+        return tuple(positional), options
+    call = case.inputs()
+    return call.arguments, call.options
 
 
 def test_every_operator_has_cases() -> None:
@@ -22,20 +43,36 @@ def test_every_operator_has_cases() -> None:
     [(name, case) for name, cases in CASES.items() for case in cases],
     ids=lambda p: getattr(p, "name", p),
 )
-def test_opcheck(cpu_backend: Backend, name: str, case: KCenterCase) -> None:
-    call = case.inputs()
+def test_opcheck(cpu_backend: Backend, name: str, case: Any) -> None:
+    arguments, options = call_of(case)
     op = getattr(getattr(torch.ops, cpu_backend.namespace), name)
-    results = torch.library.opcheck(op, (call.x, call.k), call.options, test_utils=CHECKS)
+    results = torch.library.opcheck(op, arguments, options, test_utils=CHECKS)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "drop"])
+def test_opcheck_with_gradient(cpu_backend: Backend, mode: str) -> None:
+    arguments, options = call_of(MergeCase(2, 9, 5, 4, mode=mode, sized=True))
+    arguments[0].requires_grad_()
+    op = getattr(torch.ops, cpu_backend.namespace).merge_tokens
+    results = torch.library.opcheck(op, arguments, options, test_utils=CHECKS)
     assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("case", CASES["kcenter_greedy"][::7], ids=lambda case: case.name)
-def test_opcheck_cuda(case: KCenterCase) -> None:
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name, cases in CASES.items() for case in cases[::7]],
+    ids=lambda p: getattr(p, "name", p),
+)
+def test_opcheck_cuda(name: str, case: Any) -> None:
     from backends import make_backend
 
-    call = case.inputs().to(make_backend("cuda").device)
-    torch.library.opcheck(torch.ops.tokencomp.kcenter_greedy, (call.x, call.k), call.options)
+    device = make_backend("cuda").device
+    args, options = call_of(case)
+    moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
+    options = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in options.items()}
+    torch.library.opcheck(getattr(torch.ops.tokencomp, name), tuple(moved), options)
 
 
 def select(x: torch.Tensor, seed: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +91,27 @@ def test_compiles_without_graph_breaks(backend: Backend) -> None:
         assert torch.equal(got[1], want[1])
 
 
+def step(x: torch.Tensor, size: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A whole merge: match, energy, map, merge."""
+    value, index = ops.cosine_match(x[:, 0::2], x[:, 1::2], protect_a=1)
+    mapped = ops.bipartite_map(value + 0 * ops.energy_score(x, 0.5)[:, 0::2], index, r, x.shape[1])
+    return ops.merge_tokens(x * 2, mapped, token_map.merged_count(x.shape[1], r), size=size)
+
+
+def test_merge_compiles_without_graph_breaks(backend: Backend) -> None:
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, r in ((20, 5), (33, 9)):
+        x, size = torch.randn(2, n, 8), torch.rand(2, n) + 0.5
+        here = x.to(backend.device), x.to(backend.device).requires_grad_(), size.to(backend.device)
+        with backend.active():
+            want = step(here[0], here[2], r)
+            got = compiled(here[1], here[2], r)
+            torch.testing.assert_close(got[0].detach(), want[0])
+            assert torch.equal(got[1], want[1])
+            got[0].sum().backward()
+        assert here[1].grad is not None
+
+
 def test_fake_tensors_give_shapes_and_dtypes(cpu_backend: Backend) -> None:
     with FakeTensorMode() as mode, cpu_backend.active():
         x, lengths = torch.empty(3, 9, 4, dtype=torch.bfloat16), torch.empty(3, dtype=torch.int64)
@@ -65,6 +123,39 @@ def test_fake_tensors_give_shapes_and_dtypes(cpu_backend: Backend) -> None:
             RuntimeError, match=r"kcenter_greedy: x must have shape \[B, N, C\], got \[9, 4\]"
         ):
             ops.kcenter_greedy(x[0], 5)
+
+
+def keep_best(score: torch.Tensor, k: int, lengths: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    index, count = ops.topk_select(score + 1, k, tail=2, lengths=lengths)
+    share, _ = ops.topp_select(score, 0.5, k)
+    budget = ops.topk_budget(score[None], 2 * k, floor=1)
+    return index + 1, count * 2, share.clone(), budget.sum(1)
+
+
+def test_selections_compile_without_graph_breaks(backend: Backend) -> None:
+    compiled = torch.compile(keep_best, fullgraph=True, backend="aot_eager", dynamic=True)
+    for slots, k in ((20, 5), (33, 9)):
+        score, lengths = torch.rand(2, slots).to(backend.device), torch.tensor([slots, 4]).to(backend.device)
+        with backend.active():
+            want, got = keep_best(score, k, lengths), compiled(score, k, lengths)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_fake_selections_give_shapes_and_dtypes(cpu_backend: Backend) -> None:
+    with FakeTensorMode(), cpu_backend.active():
+        score = torch.empty(3, 9, dtype=torch.float16)
+        for index, count in (ops.topk_select(score, 12), ops.topp_select(score, 0.3, 12)):
+            assert (index.shape, index.dtype) == ((3, 12), torch.int32)
+            assert (count.shape, count.dtype) == ((3,), torch.int32)
+        budget = ops.topk_budget(score[None], 5)
+        assert (budget.shape, budget.dtype) == ((1, 3), torch.int32)
+        for name, call in (
+            ("topk_select", lambda: ops.topk_select(score[0], 1)),
+            ("topp_select", lambda: ops.topp_select(score[0], 0.5, 1)),
+            ("topk_budget", lambda: ops.topk_budget(score, 1)),
+        ):
+            with pytest.raises(RuntimeError, match=f"{name}: score must have shape"):
+                call()
 
 
 def test_meta_tensors(cpu_backend: Backend) -> None:

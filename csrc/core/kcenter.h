@@ -9,12 +9,12 @@
 // distance. Rows with a non-finite square sum are `invalid`: score -inf, and as centres they change no state.
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
 #include "core/dtype.h"
 #include "core/macros.h"
+#include "core/norm.h"
 
 namespace tokencomp::kcenter {
 
@@ -85,14 +85,5 @@ struct Rule {
 };
 
 TC_HD Rule rule_of(const Args& a) { return {a.objective, a.metric, a.weight != nullptr}; }
-
-// 1/|x| from |x|^2: NaN marks an invalid row, 0 a zero row. A square sum below the normal range counts as zero: it has
-// lost its digits, and the product of two such inverse norms would overflow.
-TC_HD float inverse_norm(float sq) {
-  if (!(sq < INFINITY)) return NAN;
-  return sq >= FLT_MIN ? 1.0f / sqrtf(sq) : 0.0f;
-}
-
-TC_HD bool is_valid(float inverse_norm) { return inverse_norm == inverse_norm; }
 
 }  // namespace tokencomp::kcenter

@@ -4,6 +4,7 @@
 //
 //   Vec            kWidth floats
 //   load(p)        kWidth elements of float, bf16 or f16, widened; load_some(p, n) reads only n of them, rest 0
+//   lanes_...      a bit for each lane
 //   Pack<T>        what one product step eats: kPack<T> elements, in whatever form the level multiplies fastest
 #pragma once
 
@@ -53,6 +54,36 @@ TC_INLINE Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 TC_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 TC_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where a lane of either is NaN
 TC_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+TC_INLINE Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+TC_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// `yes` in the lanes where the comparison holds; it does not where either is NaN.
+TC_INLINE Vec select_gt(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v)};
+}
+TC_INLINE Vec select_ge(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), no.v, yes.v)};
+}
+TC_INLINE uint32_t lanes_gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+// a * 2^n for whole n in [-126, 127].
+TC_INLINE Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// Rounds to nearest even, as from_float does.
+TC_INLINE __m256i narrow(Vec a, bf16) {
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
+}
+TC_INLINE __m256i narrow(Vec a, f16) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+template <class T>
+TC_INLINE void store(T* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
+}
+template <class T>
+TC_INLINE void store_some(T* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a, T{}));
+}
 TC_INLINE uint32_t lanes_ge(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 TC_INLINE float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 TC_INLINE float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
@@ -95,6 +126,39 @@ TC_INLINE Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 TC_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 TC_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 TC_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+TC_INLINE Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+TC_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+TC_INLINE Vec select_gt(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))};
+}
+TC_INLINE Vec select_ge(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};
+}
+TC_INLINE uint32_t lanes_gt(Vec a, Vec b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))); }
+TC_INLINE Vec scale_by_power(Vec a, Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+}
+TC_INLINE __m128i narrow(Vec a, bf16) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+TC_INLINE __m128i narrow(Vec a, f16) { return _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT); }
+template <class T>
+TC_INLINE void store(T* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a, T{}));
+}
+template <class T>
+TC_INLINE void store_some(T* p, Vec a, int n) {
+  T lanes[kWidth];
+  store(lanes, a);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
 TC_INLINE uint32_t lanes_ge(Vec a, Vec b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))); }
 TC_INLINE float sum(Vec a) {
   const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -134,10 +198,6 @@ template <class T>
 TC_INLINE Vec load_some(const T* p, int n) {
   return lanewise([&](int i) { return i < n ? to_float(p[i]) : 0.0f; });
 }
-TC_INLINE void store_some(float* p, Vec a, int n) {
-  for (int i = 0; i < n; ++i) p[i] = a.v[i];
-}
-TC_INLINE void store(float* p, Vec a) { store_some(p, a, kWidth); }
 TC_INLINE Vec add(Vec a, Vec b) {
   return lanewise([&](int i) { return a.v[i] + b.v[i]; });
 }
@@ -152,6 +212,34 @@ TC_INLINE Vec fma(Vec a, Vec b, Vec c) {
 }
 TC_INLINE Vec max(Vec a, Vec b) {
   return lanewise([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+TC_INLINE Vec div(Vec a, Vec b) {
+  return lanewise([&](int i) { return a.v[i] / b.v[i]; });
+}
+TC_INLINE Vec abs(Vec a) {
+  return lanewise([&](int i) { return a.v[i] < 0 ? -a.v[i] : a.v[i]; });
+}
+TC_INLINE Vec select_gt(Vec a, Vec b, Vec yes, Vec no) {
+  return lanewise([&](int i) { return a.v[i] > b.v[i] ? yes.v[i] : no.v[i]; });
+}
+TC_INLINE Vec select_ge(Vec a, Vec b, Vec yes, Vec no) {
+  return lanewise([&](int i) { return a.v[i] >= b.v[i] ? yes.v[i] : no.v[i]; });
+}
+TC_INLINE uint32_t lanes_gt(Vec a, Vec b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kWidth; ++i) mask |= uint32_t(a.v[i] > b.v[i]) << i;
+  return mask;
+}
+TC_INLINE Vec scale_by_power(Vec a, Vec n) {
+  return lanewise([&](int i) { return a.v[i] * detail::as_float(uint32_t(int(n.v[i]) + 127) << 23); });
+}
+template <class T>
+TC_INLINE void store_some(T* p, Vec a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
+}
+template <class T>
+TC_INLINE void store(T* p, Vec a) {
+  store_some(p, a, kWidth);
 }
 TC_INLINE Vec min(Vec a, Vec b) {
   return lanewise([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
@@ -175,8 +263,36 @@ TC_INLINE float minimum(Vec a) {
 
 #endif
 
+// Whole vectors where there are that many elements, the rest of a row otherwise.
+template <class T>
+TC_INLINE Vec load_up_to(const T* p, int n) {
+  return n >= kWidth ? load(p) : load_some(p, n);
+}
+template <class T>
+TC_INLINE void store_up_to(T* p, Vec a, int n) {
+  if (n >= kWidth) {
+    store(p, a);
+  } else {
+    store_some(p, a, n);
+  }
+}
+
+// e^a, within 2 ulp; a below -87 gives e^-87 and above 88 gives e^88. Cody-Waite reduction, a polynomial on
+// [-ln(2) / 2, ln(2) / 2].
+TC_INLINE Vec exp(Vec a) {
+  a = min(max(a, broadcast(-87.0f)), broadcast(88.0f));
+  const Vec shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec n = sub(fma(a, broadcast(1.44269504f), shifter), shifter);
+  const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), a));
+  Vec p = fma(r, broadcast(1.9875691500e-4f), broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  return scale_by_power(fma(mul(r, r), p, add(r, broadcast(1.0f))), n);
+}
+
 // ---- product steps
-// ---------------------------------------------------------------------------------------------------
 
 template <class T>
 struct PackOf {
@@ -192,6 +308,8 @@ template <class T>
 TC_INLINE Vec load_pack_some(const T* p, int n) {
   return load_some(p, n);
 }
+// The elements of one lane, in all lanes.
+TC_INLINE Vec broadcast_pack(const float* p) { return broadcast(*p); }
 
 #if defined(TOKENCOMP_AVX512_BF16)
 
@@ -210,6 +328,11 @@ TC_INLINE Vec multiply_add(Bf16Pack a, Bf16Pack b, Vec accumulator) {
 TC_INLINE Bf16Pack load_pack(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
 TC_INLINE Bf16Pack load_pack_some(const bf16* p, int n) {
   return {(__m512bh)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p)};
+}
+TC_INLINE Bf16Pack broadcast_pack(const bf16* p) {
+  int pair;
+  __builtin_memcpy(&pair, p, 4);
+  return {(__m512bh)_mm512_set1_epi32(pair)};
 }
 
 #endif

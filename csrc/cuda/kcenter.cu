@@ -96,7 +96,8 @@ void watch_arguments(const Args& a) {
 
 template <class T>
 void launch(const Args& a, const CudaPlan& plan, const Workspace& w, gpu::Stream stream) {
-  static_assert(sizeof(TileSmem<T>) == kCudaTileBytes);
+  static_assert(sizeof(TileSmem<T>) == kCudaTileBytes && CudaTiles::threads == PairTiles::threads &&
+                CudaTiles::tile == PairTiles::tile);
   const bool whole = whole_chunks(a);
   gpu::LaunchConfig config{dim3(unsigned(plan.size) * unsigned(plan.teams)), dim3(CudaTiles::threads), plan.smem};
   config.stream = stream;

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cuda/kcenter_select.h"
-#include "cuda/kcenter_tiles.h"
+#include "cuda/pair_tile.h"
 
 namespace tokencomp::kcenter {
 
@@ -166,17 +166,22 @@ __device__ __forceinline__ StreamSource<T> resident_source(const Item<T>& item, 
   return {{base, stride, item.x.C, true}, base + count * stride, {}};
 }
 
+template <class T>
+__device__ __forceinline__ Operand<T> tokens_from(const Item<T>& item, int first) {
+  return {item.x, nullptr, item.n, item.n, first};
+}
+
 // First scores of a block's tokens under the largest_nn rule: the cost to the nearest other valid token, by tiles of
 // the slice against all tokens. A thread keeps the minima of its four rows; sixteen threads then share out each row.
 template <class T>
 __device__ __forceinline__ void nearest_scores(const Item<T>& item, const Slice& slice, TileSmem<T>& s) {
   constexpr int kTile = CudaTiles::tile, kSharers = 16;
   auto& partial = reinterpret_cast<float (&)[kTile][kSharers + 1]>(s);  // one more column: no bank conflicts
-  PairTile<T> tile(item.rule.metric);
+  PairTile<T> tile(item.rule.metric == Metric::l2);
   for (int row0 = slice.begin; row0 < slice.end; row0 += kTile) {
     float nearest[4] = {INFINITY, INFINITY, INFINITY, INFINITY};
     for (int column0 = 0; column0 < item.n; column0 += kTile) {
-      tile.compute(s, item.x, item.n, row0, column0);
+      tile.compute(s, tokens_from(item, row0), tokens_from(item, column0));
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int j = column0 + tile.column(q);
@@ -291,12 +296,12 @@ __device__ __forceinline__ int2 lower_tile(int u) {
 
 // Products of one tile of the lower triangle and their mirror images into the matrix: symmetric by construction.
 template <class T>
-__device__ __forceinline__ void store_tile(const PairTile<T>& tile, float* gram, int n, int64_t N) {
+__device__ __forceinline__ void store_tile(const PairTile<T>& tile, int2 at, float* gram, int n, int64_t N) {
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      const int i = tile.row0 + tile.row(r), j = tile.column0 + tile.column(q);
+      const int i = at.x * CudaTiles::tile + tile.row(r), j = at.y * CudaTiles::tile + tile.column(q);
       if (i >= n || j > i) continue;
       gram[i * N + j] = tile.product(r, q);
       gram[j * N + i] = tile.product(r, q);
@@ -337,13 +342,13 @@ __global__ void __launch_bounds__(CudaTiles::threads, 1) kcenter_gram(Args a, Wo
       norms(item, i % a.N, i % a.N < item.n ? i % a.N + 1 : 0, 0, 1);
     }
     auto& slabs = *reinterpret_cast<TileSmem<T>*>(s.body);
-    PairTile<T> tile(a.metric);
+    PairTile<T> tile(a.metric == Metric::l2);
     for (int u = int(blockIdx.x); u < count * tiles; u += blocks) {
       const Item<T> item(a, w, whole, first_item + u / tiles);
       const int2 at = lower_tile(u % tiles);
       if (at.x * CudaTiles::tile >= item.n) continue;  // the whole block agrees
-      tile.compute(slabs, item.x, item.n, at.x * CudaTiles::tile, at.y * CudaTiles::tile);
-      store_tile(tile, w.gram + u / tiles * matrix, item.n, a.N);
+      tile.compute(slabs, tokens_from(item, at.x * CudaTiles::tile), tokens_from(item, at.y * CudaTiles::tile));
+      store_tile(tile, at, w.gram + u / tiles * matrix, item.n, a.N);
     }
     gpu::grid_barrier(w.meeting.counter, unsigned(blocks));
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/kcenter_plan.h"
+#include "core/topk_plan.h"
 #include "cpu/isa.h"
 #include "cpu/kcenter_plan.h"
 
@@ -85,6 +86,25 @@ std::vector<py::dict> kcenter_cuda_plans(int B, int N, int C, int k, int element
   return plans;
 }
 
+py::dict describe(const topk::CudaPlan& plan) {
+  py::dict d;
+  d["name"] = plan.name();
+  d["size"] = plan.size;
+  d["smem"] = plan.smem;
+  d["microseconds"] = plan.microseconds;
+  d["refused"] = plan.refused ? py::object(py::str(plan.refused)) : py::none();
+  return d;
+}
+
+std::vector<py::dict> topk_cuda_plans(int R, int S, int element_bytes, bool by_mass, int sm_count,
+                                      size_t smem_per_block, int max_cluster) {
+  const topk::CudaProblem problem{R, S, element_bytes, by_mass};
+  const topk::CudaDevice device{sm_count, smem_per_block, max_cluster};
+  std::vector<py::dict> plans{describe(topk::plan_cuda(problem, device))};
+  for (const topk::CudaPlan& plan : topk::cuda_candidates(problem, device)) plans.push_back(describe(plan));
+  return plans;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -100,4 +120,9 @@ PYBIND11_MODULE(_host, m) {
         "How kcenter_greedy could run a problem on a CUDA device (default: H200): the plan it takes, then every "
         "candidate "
         "with its floor in microseconds, or the reason why it is refused.");
+  m.def("topk_cuda_plans", &topk_cuda_plans, py::kw_only(), py::arg("R"), py::arg("S"), py::arg("element_bytes"),
+        py::arg("by_mass") = false, py::arg("sm_count") = 132, py::arg("smem_per_block") = 227 << 10,
+        py::arg("max_cluster") = 8,
+        "How topk_select (topp_select: by_mass) could run a problem on a CUDA device (default: H200): the plan it "
+        "takes, then every candidate with its floor in microseconds, or the reason why it is refused.");
 }

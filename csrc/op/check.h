@@ -52,12 +52,13 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& t) {
   }
 }
 
-// A side array: same device as `x`, exact dtype and shape, contiguous. Null where absent.
+// A side array: same device as `x` (which the operator may call otherwise), exact dtype and shape, contiguous. Null
+// where absent.
 template <class T>
 const T* side_array(const char* op, const char* argument, const std::optional<Tensor>& t, const Tensor& x,
-                    ScalarType dtype, std::initializer_list<int64_t> shape) {
+                    ScalarType dtype, std::initializer_list<int64_t> shape, const char* x_name = "x") {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(same_device(*t, x), op, ": ", argument, " must be on the device of x, got another device");
+  STD_TORCH_CHECK(same_device(*t, x), op, ": ", argument, " must be on the device of ", x_name, ", got another device");
   STD_TORCH_CHECK(t->scalar_type() == dtype, op, ": ", argument, " must be ", torch::headeronly::toString(dtype),
                   ", got ", torch::headeronly::toString(t->scalar_type()));
   std::string expected = "[";

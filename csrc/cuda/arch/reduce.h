@@ -60,6 +60,18 @@ __device__ __forceinline__ T warp_min(T v) {
 
 __device__ __forceinline__ unsigned long long warp_max_u64(unsigned long long v) { return warp_reduce(v, Max{}); }
 
+// The sum over this lane and those below it.
+template <class T>
+__device__ __forceinline__ T warp_inclusive_sum(T v) {
+  const unsigned lane = thread_rank() % 32;
+#pragma unroll
+  for (unsigned distance = 1; distance < 32; distance *= 2) {
+    const T below = __shfl_up_sync(~0u, v, distance);
+    v += lane >= distance ? below : T(0);
+  }
+  return v;
+}
+
 // `identity` is what combine ignores; it stands for the warps that the block does not have.
 template <class T, class F>
 __device__ __forceinline__ T block_reduce(T v, T* scratch, T identity, F combine) {

@@ -32,6 +32,11 @@ def as_int32(t: Tensor | None) -> Tensor | None:
     return t.to(torch.int32).contiguous()
 
 
+def as_mask(t: Tensor | None) -> Tensor | None:
+    """Contiguous, of whatever dtype: another than bool is left for the operator to refuse."""
+    return None if t is None else t.contiguous()
+
+
 def as_float32(t: Tensor | None) -> Tensor | None:
     """Any integer or float dtype to contiguous float32; another dtype is left for the operator to refuse."""
     if t is None or t.dtype == torch.bool or t.is_complex():
@@ -41,7 +46,12 @@ def as_float32(t: Tensor | None) -> Tensor | None:
 
 def check_lengths(op: str, lengths: Tensor, n: int) -> None:
     """Raise ValueError unless every length is in [0, N]."""
-    _refuse(op, "lengths", f"in [0, N={n}]", lengths, (lengths < 0) | (lengths > n))
+    check_count(op, "lengths", lengths, "N", n)
+
+
+def check_count(op: str, argument: str, values: Tensor, limit_name: str, limit: int) -> None:
+    """Raise ValueError unless every value is in [0, limit]."""
+    _refuse(op, argument, f"in [0, {limit_name}={limit}]", values, (values < 0) | (values > limit))
 
 
 def check_weight(op: str, weight: Tensor) -> None:
@@ -66,6 +76,32 @@ def check_seed(op: str, seed: Tensor, n: int, lengths: Tensor | None) -> None:
         b, j = (int(i) for i in repeated.nonzero()[0])
         raise ValueError(
             f"{op}: seed must hold distinct tokens per item, got {int(ordered[b, j])} twice in item {b}"
+        )
+
+
+def check_index(op: str, argument: str, index: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless every entry of ``index`` is a row of ``x`` [B, N, C] or -1, a hole."""
+    if index is not None and x.dim() == 3:
+        check_range(op, argument, index, -1, x.shape[1], "N")
+
+
+def check_range(op: str, argument: str, values: Tensor, low: int, limit: int, name: str) -> None:
+    """Raise ValueError unless all integer ``values`` are in [low, limit)."""
+    if values.numel() == 0 or values.dtype == torch.bool or values.is_floating_point():
+        return  # nothing to refuse, or the operator refuses the dtype
+    smallest, largest = (int(v) for v in values.aminmax())
+    if smallest < low or largest >= limit:
+        _refuse(op, argument, f"in [{low}, {name}={limit})", values, (values < low) | (values >= limit))
+
+
+def check_distinct(op: str, arguments: str, values: Tensor) -> None:
+    """Raise ValueError if an entry of a row of ``values`` [B, n] repeats."""
+    ordered = values.sort(dim=1).values
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    if bool(repeated.any()):
+        b, j = (int(i) for i in repeated.nonzero()[0])
+        raise ValueError(
+            f"{op}: {arguments} must not repeat a token, got {int(ordered[b, j])} twice in item {b}"
         )
 
 

@@ -15,6 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _active = "tokencomp"
 _namespaces: list[str] = []
 _fakes: dict[str, Callable[..., Any]] = {}
+_gradients: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}
 
 
 def op(name: str) -> Any:
@@ -39,6 +40,18 @@ def fake(name: str) -> Callable[[F], F]:
     return remember
 
 
+def gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give operator ``name`` a backward, in every namespace that is or will be loaded."""
+    _gradients[name] = backward, setup_context
+    for namespace in _namespaces:
+        _register_gradient(namespace, name)
+
+
+def _register_gradient(namespace: str, name: str) -> None:
+    backward, setup_context = _gradients[name]
+    torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup_context)
+
+
 def add_namespace(namespace: str) -> None:
     """Announce that the operators of ``namespace`` are loaded."""
     if namespace in _namespaces:
@@ -46,6 +59,8 @@ def add_namespace(namespace: str) -> None:
     _namespaces.append(namespace)
     for name, function in _fakes.items():
         torch.library.register_fake(f"{namespace}::{name}", function)
+    for name in _gradients:
+        _register_gradient(namespace, name)
 
 
 @contextmanager

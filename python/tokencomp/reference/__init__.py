@@ -9,20 +9,30 @@ from tokencomp.reference.kcenter import Replay, kcenter_greedy, replay
 from tokencomp.reference.kept_keys import Kept, kept_keys
 from tokencomp.reference.kept_patches import KeptTokens, kept_patches
 from tokencomp.reference.kept_visual import KeptVisual, kept_visual
+from tokencomp.reference.merge import bipartite_map, cosine_match, energy_score, match_matrix, merge_tokens
 from tokencomp.reference.selection import ends_keep, grid_keep, random_keep, stride_keep
+from tokencomp.reference.topk import topk_budget, topk_select, topp_select
 
 __all__ = [
     "Kept",
     "KeptTokens",
     "KeptVisual",
     "Replay",
+    "bipartite_map",
+    "cosine_match",
     "ends_keep",
+    "energy_score",
     "grid_keep",
     "kcenter_greedy",
     "kept_keys",
     "kept_patches",
     "kept_visual",
+    "match_matrix",
+    "merge_tokens",
     "random_keep",
     "replay",
     "stride_keep",
+    "topk_budget",
+    "topk_select",
+    "topp_select",
 ]

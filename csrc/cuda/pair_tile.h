@@ -1,38 +1,62 @@
-// k-center on CUDA: products of all pairs of rows, 64 x 64 at a time. Slabs of both operands travel through a ring of
-// cp.async stages in shared memory; 16-bit dot products run on tensor cores (ldmatrix + mma.m16n8k16), fp32 and squared
-// differences on CUDA cores in 4 x 4 register blocks. Both engines leave a thread with 4 rows x 4 columns, and both add
-// the channels in order, so a product does not depend on the tile it falls in. O(64^2 C) per tile.
+// Products of rows with rows, 64 x 64 at a time, for every family that needs many of them. Slabs of both operands
+// travel through a ring of cp.async stages in shared memory; 16-bit dot products run on tensor cores (ldmatrix +
+// mma.m16n8k16), fp32 and squared differences on CUDA cores in 4 x 4 register blocks. Both engines leave a thread with
+// 4 rows x 4 columns, and both add the channels in order, so a product does not depend on the tile it falls in. O(64^2
+// C) per tile.
 #pragma once
 
-#include "cuda/kcenter_rows.h"
+#include "cuda/rows.h"
 
-namespace tokencomp::kcenter {
+namespace tokencomp {
+
+struct PairTiles {
+  static constexpr int threads = 256;
+  static constexpr int tile = 64;        // rows and columns
+  static constexpr int row_bytes = 128;  // bytes of a row in one slab: eight 16-byte chunks, one swizzle period
+  static constexpr int stages = 4;       // slabs in flight: 48 KB cover L2 latency (about 600 cycles at 64 B each)
+};
+
+// The rows or the columns of a tile: `first` and the 63 places after it, taken from `n` places. Place i is row
+// index[i] of x, or row i without an index; a row outside [0, rows) is a hole and counts as zeros.
+template <class T>
+struct Operand {
+  Rows<T> x;
+  const int* index;
+  int n, rows, first;
+
+  __device__ __forceinline__ const T* row(int r) const {
+    const int place = first + r;
+    if (place >= n) return nullptr;
+    const int i = index ? index[place] : place;
+    return i >= 0 && i < rows ? x[i] : nullptr;
+  }
+};
 
 template <class T>
 struct TileSmem {
-  static constexpr int kSlab = CudaTiles::row_bytes / int(sizeof(T));  // channels of a slab
+  static constexpr int kSlab = PairTiles::row_bytes / int(sizeof(T));  // channels of a slab
   // Chunk c of row r lies at position c ^ (r % 8): eight rows then cover all banks, for ldmatrix and for the CUDA
   // cores.
-  alignas(128) T slab[CudaTiles::stages][2][CudaTiles::tile][kSlab];
+  alignas(128) T slab[PairTiles::stages][2][PairTiles::tile][kSlab];
 
   __device__ T* chunk(int stage, int operand, int row, int c) {
     return &slab[stage][operand][row][(c ^ (row & 7)) * kVec<T>];
   }
 };
 
-// The pairs of one item: which engine, and who owns which product.
+// The products of one tile: which engine makes them, and who owns which.
 template <class T>
 struct PairTile {
-  static constexpr int kChunks = CudaTiles::row_bytes / 16;
+  static constexpr int kChunks = PairTiles::row_bytes / 16;
   static constexpr int kBlock = 4;  // rows and columns of a thread
-  static_assert(CudaTiles::threads == 256 && CudaTiles::tile == 64, "the maps below are for 256 threads on 64 x 64");
+  static_assert(PairTiles::threads == 256 && PairTiles::tile == 64, "the maps below are for 256 threads on 64 x 64");
 
   float acc[kBlock][kBlock];  // CUDA cores: row, column; tensor cores: fragment, element
-  int row0, column0;          // where the tile starts
   bool tensor;                // tensor cores: 16-bit types, dot products
-  bool l2;
+  bool l2;                    // squared differences instead
 
-  __device__ PairTile(Metric metric) : tensor(sizeof(T) == 2 && metric != Metric::l2), l2(metric == Metric::l2) {}
+  __device__ explicit PairTile(bool squared_differences)
+      : tensor(sizeof(T) == 2 && !squared_differences), l2(squared_differences) {}
 
   // Tile coordinates of the thread's r-th row and q-th column, and their product. On tensor cores a warp owns 32 x 16
   // as 2 x 2 fragments; on CUDA cores a thread owns every sixteenth row and column.
@@ -54,21 +78,19 @@ struct PairTile {
   }
 
   // Every thread of the block calls this; it ends with a barrier, after which the slabs may be overwritten.
-  __device__ __forceinline__ void compute(TileSmem<T>& s, const Rows<T>& x, int n, int first_row, int first_column) {
-    row0 = first_row;
-    column0 = first_column;
+  __device__ __forceinline__ void compute(TileSmem<T>& s, const Operand<T>& rows, const Operand<T>& columns) {
 #pragma unroll
     for (int i = 0; i < kBlock * kBlock; ++i) acc[i / kBlock][i % kBlock] = 0.0f;
-    const int slabs = (x.C + TileSmem<T>::kSlab - 1) / TileSmem<T>::kSlab;
+    const int slabs = (rows.x.C + TileSmem<T>::kSlab - 1) / TileSmem<T>::kSlab;
 #pragma unroll 1
-    for (int i = 0; i < CudaTiles::stages - 1; ++i) load(s, x, n, i, slabs);
+    for (int i = 0; i < PairTiles::stages - 1; ++i) load(s, rows, columns, i, slabs);
 #pragma unroll 1
     for (int i = 0; i < slabs; ++i) {
-      gpu::cp_async_wait<CudaTiles::stages - 2>();
+      gpu::cp_async_wait<PairTiles::stages - 2>();
       __syncthreads();  // slab i has arrived for everyone, and everyone is done with slab i - 1, whose stage is
                         // refilled
-      load(s, x, n, i + CudaTiles::stages - 1, slabs);
-      const int stage = i % CudaTiles::stages;
+      load(s, rows, columns, i + PairTiles::stages - 1, slabs);
+      const int stage = i % PairTiles::stages;
       if constexpr (sizeof(T) == 2) {
         if (tensor)
           multiply_tensor(s, stage);
@@ -86,33 +108,35 @@ struct PairTile {
   }
 
  private:
-  // Both operands of slab i into its stage; rows past n and channels past C become zeros. One group per call, empty
-  // past the last slab, so that the number of groups in flight stays constant.
-  __device__ __forceinline__ void load(TileSmem<T>& s, const Rows<T>& x, int n, int i, int slabs) const {
+  // Both operands of slab i into its stage; holes, places past the last and channels past C become zeros. One group per
+  // call, empty past the last slab, so that the number of groups in flight stays constant.
+  __device__ __forceinline__ void load(TileSmem<T>& s, const Operand<T>& rows, const Operand<T>& columns, int i,
+                                       int slabs) const {
     if (i < slabs) {
-      if (x.whole)
-        load_pieces<true>(s, x, n, i);
+      if (rows.x.whole && columns.x.whole)
+        load_pieces<true>(s, rows, columns, i);
       else
-        load_pieces<false>(s, x, n, i);
+        load_pieces<false>(s, rows, columns, i);
     }
     gpu::cp_async_commit();
   }
 
   template <bool kWhole>
-  __device__ __forceinline__ void load_pieces(TileSmem<T>& s, const Rows<T>& x, int n, int i) const {
-    constexpr int kPieces = 2 * CudaTiles::tile * kChunks;
-    const int chunks = chunks_of(x.C, kVec<T>), stage = i % CudaTiles::stages;
-#pragma unroll(kWhole ? kPieces / CudaTiles::threads : 1)
-    for (int piece = int(threadIdx.x); piece < kPieces; piece += CudaTiles::threads) {
-      const int c = piece % kChunks, r = piece / kChunks % CudaTiles::tile, operand = piece / kChunks / CudaTiles::tile;
-      const int token = (operand ? column0 : row0) + r, chunk = i * kChunks + c;
-      const bool inside = token < n && chunk < chunks;
+  __device__ __forceinline__ void load_pieces(TileSmem<T>& s, const Operand<T>& rows, const Operand<T>& columns,
+                                              int i) const {
+    constexpr int kPieces = 2 * PairTiles::tile * kChunks;
+    const int C = rows.x.C, chunks = chunks_of(C, kVec<T>), stage = i % PairTiles::stages;
+#pragma unroll(kWhole ? kPieces / PairTiles::threads : 1)
+    for (int piece = int(threadIdx.x); piece < kPieces; piece += PairTiles::threads) {
+      const int c = piece % kChunks, r = piece / kChunks % PairTiles::tile, operand = piece / kChunks / PairTiles::tile;
+      const int chunk = i * kChunks + c;
+      const T* row = operand ? columns.row(r) : rows.row(r);  // not (a ? b : c).row: that has an address
+      const bool inside = row && chunk < chunks;
       T* target = s.chunk(stage, operand, r, c);
       if constexpr (kWhole) {
-        gpu::cp_async16(target, inside ? x[token] + chunk * kVec<T> : x.base, inside);
+        gpu::cp_async16(target, inside ? row + chunk * kVec<T> : rows.x.base, inside);
       } else {
-        *reinterpret_cast<uint4*>(target) =
-            inside ? load_chunk<T, false>(x[token], chunk, x.C) : make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4*>(target) = inside ? load_chunk<T, false>(row, chunk, C) : make_uint4(0, 0, 0, 0);
       }
     }
   }
@@ -162,4 +186,4 @@ struct PairTile {
   }
 };
 
-}  // namespace tokencomp::kcenter
+}  // namespace tokencomp

@@ -1,0 +1,172 @@
+"""Token merging against its plain PyTorch formulation and against a clone of the tokens, in one run.
+
+    python bench/bench_merge.py [--device cpu|cuda] [--out file.json] [--check] [--quick]
+
+Shapes: ViT-B/16 (197 tokens of 768 channels), ViT-L/14 at 336 pixels (577 of 1024), and 4096 tokens of which
+half merge; keys of 64 channels are the metric. Contenders take turns, and the best time of each counts.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from common import Ceilings, Row, document, interleaved_seconds, measure_ceilings, rotating, table
+from tokencomp import ops, token_map
+from tokencomp.reference.merge_plain import plain_pitome, plain_tome
+from torch import Tensor
+
+D = 64
+SHAPES = ((8, 197, 768, 16), (8, 577, 1024, 16), (8, 4096, 1024, 2047))
+DTYPES = (torch.float32, torch.bfloat16)
+MARGIN = 0.5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One shape; the tensors are the same every time."""
+
+    B: int
+    N: int
+    C: int
+    r: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"{self.B}x{self.N}x{self.C} r={self.r} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def count(self) -> int:
+        return token_map.merged_count(self.N, self.r)
+
+    def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        x, metric = (torch.randn(self.B, self.N, c, generator=g).to(self.dtype) for c in (self.C, D))
+        size = torch.randint(1, 4, (self.B, self.N), generator=g).float()
+        return x.to(device), metric.to(device), size.to(device)
+
+    def clone_bytes(self) -> float:
+        return 2.0 * self.B * self.N * self.C * self.dtype.itemsize
+
+    def merge_bytes(self) -> float:
+        return float(self.B * (self.N + self.count) * self.C * self.dtype.itemsize)
+
+
+def tome(x: Tensor, metric: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The product's version of ``plain_tome``."""
+    mapped = tome_map(metric, r)
+    return ops.merge_tokens(x, mapped, token_map.merged_count(x.shape[1], r), size=size)
+
+
+def tome_map(metric: Tensor, r: int) -> Tensor:
+    value, index = ops.cosine_match(metric[:, 0::2], metric[:, 1::2], protect_a=1)
+    return ops.bipartite_map(value, index, r, metric.shape[1])
+
+
+def pitome(metric: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The product's version of ``plain_pitome``."""
+    order = ops.energy_score(metric, MARGIN).argsort(dim=-1, descending=True)
+    value, column = ops.cosine_match(
+        metric, metric, a_index=order[:, : 2 * r : 2], b_index=order[:, 1 : 2 * r : 2]
+    )
+    return order, value, column
+
+
+Contenders = dict[str, Callable[[int], object]]
+
+
+def stages(p: Problem, device: str) -> Iterator[tuple[str, float, float, Contenders]]:
+    """What is measured: a name, operations, bytes, and who does it. The plain peers work in float32."""
+    x, metric, size = p.tensors(device)
+    copies = rotating(x)
+    column = size[..., None]
+    pairs = 2.0 * p.B * (p.N // 2) * ((p.N + 1) // 2) * D
+    yield (
+        f"match + merge {p.name}",
+        pairs,
+        p.merge_bytes(),
+        {
+            "tokencomp": lambda i: tome(copies[i % len(copies)], metric, size, p.r),
+            "plain": lambda i: plain_tome(copies[i % len(copies)].float(), metric.float(), column, p.r),
+        },
+    )
+    mapped = tome_map(metric, p.r)
+    yield (
+        f"merge {p.name}",
+        0.0,
+        p.merge_bytes(),
+        {
+            "tokencomp": lambda i: ops.merge_tokens(copies[i % len(copies)], mapped, p.count, size=size),
+            "clone": lambda i: copies[i % len(copies)].clone(),
+        },
+    )
+    r = min(p.r, p.N // 2)
+    yield (
+        f"energy + match {p.name}",
+        2.0 * p.B * p.N * p.N * D,
+        float(metric.numel() * metric.element_size()),
+        {
+            "tokencomp": lambda _: pitome(metric, r),
+            "plain": lambda _: plain_pitome(metric.float(), MARGIN, r),
+        },
+    )
+
+
+def check(p: Problem, device: str) -> None:
+    """The merged tokens equal those of the plain formulation, in float32, where no two similarities tie."""
+    if p.dtype != torch.float32:
+        return
+    x, metric, size = p.tensors(device)
+    got = tome(x, metric, size, p.r)
+    want = plain_tome(x, metric, size[..., None], p.r)
+    if not (torch.equal(got[1], want[1][..., 0]) and torch.allclose(got[0], want[0], rtol=1e-5, atol=1e-5)):
+        raise SystemExit(f"{p.name}: merged tokens differ from the plain formulation")
+
+
+def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]:
+    rows: list[Row] = []
+    for shape in SHAPES[: 1 if quick else None]:
+        for dtype in DTYPES:
+            p = Problem(*shape, dtype)
+            if checked:
+                check(p, device)
+            for name, flops, size, contenders in stages(p, device):
+                times = interleaved_seconds(contenders, device)
+                rows += [
+                    Row("merge", name, who, seconds, flops, size, baseline=who != "tokencomp")
+                    for who, seconds in times.items()
+                ]
+                print(
+                    f"{name}: " + ", ".join(f"{who} {s * 1e3:.3f} ms" for who, s in times.items()),
+                    file=sys.stderr,
+                )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
+    parser.add_argument(
+        "--check", action="store_true", help="also compare the results with the plain formulation"
+    )
+    parser.add_argument("--quick", action="store_true", help="the smallest shape only")
+    args = parser.parse_args()
+    ceilings: Ceilings = measure_ceilings(args.device)
+    rows = run(args.device, quick=args.quick, checked=args.check)
+    print(table(rows, ceilings))
+    if args.out:
+        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
