@@ -80,7 +80,8 @@ def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods"]) == 0
     said = capsys.readouterr().out
     for entry in methods.all_methods():
-        assert f"{entry.name}  ({entry.cls.__name__}, arXiv {entry.paper})" in said
+        source = f"arXiv {entry.paper}" if entry.paper else "baseline"
+        assert f"{entry.name}  ({entry.cls.__name__}, {source})" in said
         assert all(knob.help in said for knob in entry.knobs)
 
 

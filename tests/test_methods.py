@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from backends import Backend
+from merging import BLOCK_CASES, LAYER_CASES
+from method_cases import LAYER_METHOD_CASES, TENSOR_METHOD_CASES
 from tokencomp import methods
 from tokencomp.methods import DivPrune, ToDRE, base
 
@@ -19,6 +21,8 @@ def e1(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 PIVOT_1 = {"pivot": torch.tensor([1])}
+BASELINES = {"random", "stride"}  # without a paper
+
 CLS_1 = {"cls_score": torch.tensor([[0.1, 0.5, 0.1, 0.1, 0.5, float("nan")]])}
 
 # method, what it is told beside the tokens, kept tokens in pick order
@@ -46,21 +50,27 @@ def test_worked_example(
 
 
 def test_every_method_has_a_case() -> None:
-    covered = {type(method) for method, _, _ in METHOD_CASES}
-    assert covered == {entry.cls for entry in methods.all_methods()}
+    """Selectors have a row above; the others, inside encoders or around blocks, have tables of their own."""
+    layers = {type(method) for method in LAYER_CASES.values()} | {
+        type(case[0]) for case in LAYER_METHOD_CASES
+    }
+    others = {type(case[0]) for case in [*METHOD_CASES, *BLOCK_CASES, *TENSOR_METHOD_CASES]}
+    everything = {entry.cls for entry in methods.all_methods()}
+    assert layers | others == everything
+    assert layers == {cls for cls in everything if hasattr(cls, "reduce")}
 
 
 def test_registry_describes_every_knob() -> None:
     for entry in methods.all_methods():
         assert methods.get(entry.name) is entry
         assert entry.cls.__dataclass_params__.frozen
-        assert entry.paper
+        assert entry.paper or entry.name in BASELINES
         assert entry.stage
         assert entry.summary.endswith(".")
         assert [k.name for k in entry.knobs] == [f.name for f in dataclasses.fields(entry.cls)]
         assert all(k.help for k in entry.knobs)
-    with pytest.raises(KeyError, match=r"methods: name must be one of .*'divprune'.*, got 'tome'"):
-        methods.get("tome")
+    with pytest.raises(KeyError, match=r"methods: name must be one of .*'divprune'.*, got 'tomb'"):
+        methods.get("tomb")
     with pytest.raises(ValueError, match="method name must be new, got 'divprune'"):
         base.register("divprune", paper="", stage="")(DivPrune)
 

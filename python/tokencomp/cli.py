@@ -78,7 +78,8 @@ def _info() -> int:
 
 def _methods() -> int:
     for method in methods.all_methods():
-        print(f"{method.name}  ({method.cls.__name__}, arXiv {method.paper})")
+        source = f"arXiv {method.paper}" if method.paper else "baseline"
+        print(f"{method.name}  ({method.cls.__name__}, {source})")
         print(f"    {method.summary}")
         print(f"    acts on: {method.stage}")
         for knob in method.knobs:

@@ -26,7 +26,7 @@ class Method:
 
     name: str
     cls: type
-    paper: str  # arXiv id
+    paper: str  # arXiv id, empty for a baseline
     stage: str  # where in the model it acts
     summary: str
     knobs: tuple[Knob, ...]

@@ -1,0 +1,137 @@
+"""``tokencomp.compress``: attach methods to a model, and take them off again."""
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokencomp import token_map
+from tokencomp.adapters import vit
+from tokencomp.methods.layers import LayerMethod
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one forward pass of a compressed encoder did."""
+
+    method: str
+    family: str
+    attention: str  # the implementation the user chose; it is the one that runs
+    key_bias: bool  # whether log sizes or padding came to it as a float mask, which flash kernels refuse
+    dense: bool  # whether the encoder's outputs were unmerged
+    tokens: tuple[int, ...]  # that enter the first layer, then those each layer's MLP works on
+    prefix: int
+    grid: tuple[int, int] | None  # rows and columns of patches
+    token_map: Tensor  # [B, N0] int32: the final token each input token went into, -1 where it was dropped
+    size: Tensor | None  # [B, M] float32
+
+    def __str__(self) -> str:
+        steps = " ".join(str(count) for count in self.tokens)
+        return f"{self.method} on {self.family} ({self.attention}): tokens {steps}"
+
+
+class Compressed:
+    """A model with methods on it. A context manager: leaving it, also by an exception, restores the model."""
+
+    def __init__(self, model: nn.Module, stacks: list[vit.Stack]) -> None:
+        self.model = model
+        self._stacks = stacks
+        self._removed = False
+
+    def __enter__(self) -> "Compressed":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Give the model back as it was. Doing it again does nothing."""
+        if not self._removed:
+            self._removed = True
+            for stack in reversed(self._stacks):
+                vit.detach(stack)
+
+    def report(self) -> Report:
+        """What this thread's last forward pass did. Raises RuntimeError before the first one."""
+        stack, run = self._last()
+        if run.next_layer != len(stack.layers):
+            raise RuntimeError(f"report: the last forward pass ended in layer {run.next_layer}")
+        return Report(
+            method=type(stack.method).__name__,
+            family=stack.family.name,
+            attention=stack.family.attention_name(stack.layers[0]),
+            key_bias=run.bias is not None,
+            dense=stack.dense,
+            tokens=tuple(run.tokens),
+            prefix=run.prefix,
+            grid=run.grid,
+            token_map=run.source,
+            size=run.size,
+        )
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """Give every input token the row it went into: ``[B, M, C]`` to ``[B, N0, C]``, 0 where dropped.
+
+        ``y`` is what the last forward pass returned as ``last_hidden_state``, or anything with its rows.
+        Raises ValueError for another number of rows.
+        """
+        _, run = self._last()
+        expected = [run.source.shape[0], run.tokens[-1]]
+        if y.dim() != 3 or list(y.shape[:2]) != expected:
+            raise ValueError(f"unmerge: y must be {[*expected, 'C']}, got {list(y.shape)}")
+        return token_map.unmerge(y, run.source)
+
+    def _last(self) -> tuple[vit.Stack, Any]:
+        stack = self._stacks[0]
+        run = stack.pass_seen
+        if self._removed or run is None:
+            raise RuntimeError(
+                "compress: there was no forward pass in this thread, or the handle was removed"
+            )
+        return stack, run
+
+
+def compress(model: nn.Module, *methods: LayerMethod, dense: bool | None = None) -> Compressed:
+    """Make ``model`` process fewer tokens, until the handle is removed or its context left.
+
+    ``with tokencomp.compress(model, methods.ToMe(r=16)) as handle: model(pixel_values=...); handle.report()``
+
+    A method between attention and MLP (``tokencomp.methods.layers.LayerMethod``) works on the one
+    encoder in the model. Its layers get a subclass of their class; weights, names, hooks and
+    configuration stay untouched, and copies and pickles made meanwhile are of the plain model. A layer
+    whose tokens the method leaves alone gives bit for bit what it gave.
+
+    Sizes count: they go into the logits of later attention where the method is ``proportional``, into
+    the mean of heads that classify a mean of patches, and into SigLIP's attention pooling. Hidden states
+    of different layers have different lengths.
+
+    Args:
+        model: the whole model, head included. Known families: ``tokencomp.adapters.families()``.
+        methods: one method.
+        dense: whether the encoder's outputs are unmerged to one row a token. By default they are where
+            somebody around it may need that: backbones, heads on every token, vision-language models,
+            modules that this package does not know. An encoder by itself and heads on its first token or
+            on a mean get merged tokens.
+
+    Raises:
+        TypeError: something that is no method.
+        ValueError: no known encoder, more than one, one that is compressed already, a forward that
+            differs from the known one, an attention implementation that cannot do what the method needs.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compress: model must be a torch.nn.Module, got {type(model).__name__}")
+    if len(methods) != 1:
+        raise TypeError(f"compress: expected one method, got {len(methods)}")
+    for method in methods:
+        if isinstance(method, type) or not isinstance(method, LayerMethod):
+            raise TypeError(
+                "compress: a method has proportional, begin() and reduce() (tokencomp.methods.layers), "
+                f"got {method!r}"
+            )
+    return Compressed(model, [vit.attach(model, method, dense=dense) for method in methods])
