@@ -3,6 +3,7 @@
 
 #include "op/kcenter.h"
 #include "op/merge.h"
+#include "op/score.h"
 #include "op/topk.h"
 
 STABLE_TORCH_LIBRARY(TOKENCOMP_NAMESPACE, m) {
@@ -14,4 +15,5 @@ STABLE_TORCH_LIBRARY(TOKENCOMP_NAMESPACE, m) {
   m.def(tokencomp::merge::kEnergySchema);
   m.def(tokencomp::merge::kMapSchema);
   m.def(tokencomp::merge::kMergeSchema);
+  for (const char* schema : tokencomp::score::kSchemas) m.def(schema);
 }

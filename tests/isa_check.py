@@ -10,10 +10,11 @@ import torch
 from cases import KCENTER_CASES, KCENTER_EXACT
 from cases_merge import ENERGY_CASES, MATCH_CASES, MATCH_EXACT
 from cases_merge_map import MERGE_CASES
+from cases_score import SCORE_CASES, ScoreCase
 from cases_topk import TOPK_CASES
 from merge_yardstick import assert_energies, assert_matches, assert_merged
 from tokencomp import cpu_features, ops, reference
-from yardstick import assert_agrees
+from yardstick import assert_agrees, assert_scores
 
 WORK_LIMIT = 8_000_000
 
@@ -66,9 +67,46 @@ def main(level: str) -> None:
         args, options = case.arguments()
         got, want = (getattr(where, case.op)(*args, **options) for where in (ops, reference))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), case.name
+    attention = [case for case in SCORE_CASES if not case.slow and case.work <= WORK_LIMIT]
+    for case in attention:
+        try:
+            check_scores(case)
+        except AssertionError as error:
+            raise AssertionError(f"{case.name}: {error}") from error
     merged = merge_family()
     exact_count = len(exact) + len(selections)
-    print(f"{level}: {merged} of the merge family, {exact_count} exact and {len(close)} close cases")
+    counts = f"{merged} of the merge family, {len(attention)} of the score family"
+    print(f"{level}: {counts}, {exact_count} exact and {len(close)} close cases")
+
+
+def check_scores(case: ScoreCase) -> None:
+    c = case.call()
+    for name, arguments, options in (
+        ("attention_lse", (c.q, c.k), c.sight),
+        ("column_score", (c.q, c.k, c.lse), c.sight | c.rows),
+        ("diagonal_score", (c.q, c.k, c.lse), c.sight | {"heads": case.heads}),
+    ):
+        want = [
+            getattr(reference, name)(*arguments, **options, dtype=dtype)
+            for dtype in (torch.float64, torch.float32)
+        ]
+        assert_scores(getattr(ops, name)(*arguments, **options), *want, what=name)
+    if case.T == 0 or case.bad:
+        return
+    query, options = c.q[:, :, 0], {"scale": 1.0, "lengths": c.sight.get("lengths")}
+    scores, lse = ops.qk_scores(query, c.k, **options)
+    want = [reference.qk_scores(query, c.k, **options, dtype=d) for d in (torch.float64, torch.float32)]
+    assert_scores(scores, want[0][0], want[1][0], what="qk_scores")
+    vote = [
+        reference.head_vote(scores, lse, groups=case.Hkv, dtype=d) for d in (torch.float64, torch.float32)
+    ]
+    assert_scores(ops.head_vote(scores, lse, groups=case.Hkv), *vote, what="head_vote")
+    score = torch.ones(case.B, case.Hkv, case.S)
+    states = [score.double(), score.clone()]
+    ops.decay_score_(score, scores, lse, gamma=0.5)
+    for state in states:
+        reference.decay_score_(state, scores, lse, gamma=0.5)
+    assert_scores(score, *states, what="decay_score_")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,14 @@ from backends import Backend
 from cases import KCENTER_CASES, KCENTER_EXACT, Inputs
 from cases_merge import ENERGY_CASES, MATCH_CASES, MATCH_EXACT
 from cases_merge_map import MAP_CASES, MERGE_CASES, MergeCase
+from cases_score import SCORE_CASES, ScoreCase, operator_arguments
 from cases_topk import TOPK_CASES, TOPK_OPS
 from tokencomp import ops, token_map
 from tokencomp.ops import _namespace
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+SCORE_OPS = ("attention_lse", "column_score", "decay_score_", "diagonal_score", "head_vote", "qk_scores")
+SMALL_SCORES = [c for c in SCORE_CASES if c.work <= 400_000 and not c.bad]
 
 # Operator -> cases small enough for opcheck, which runs each several times.
 CASES: dict[str, list[Any]] = {
@@ -21,12 +25,15 @@ CASES: dict[str, list[Any]] = {
     "energy_score": [c for c in ENERGY_CASES if c.work <= 900_000][::9],
     "bipartite_map": [c for c in MAP_CASES if c.N <= 61][::16],
     "merge_tokens": [c for c in MERGE_CASES if c.work <= 40_000][::9],
+    **{name: SMALL_SCORES[i::7] for i, name in enumerate(SCORE_OPS)},
 }
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def call_of(case: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the operator; each family's cases draw them in their own way."""
+def arguments_of(name: str, case: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the operator below the wrapper is called with; each family's cases draw it in their own way."""
+    if isinstance(case, ScoreCase):
+        return operator_arguments(name, case)
     if hasattr(case, "arguments"):
         positional, options = case.arguments()
         return tuple(positional), options
@@ -44,15 +51,15 @@ def test_every_operator_has_cases() -> None:
     ids=lambda p: getattr(p, "name", p),
 )
 def test_opcheck(cpu_backend: Backend, name: str, case: Any) -> None:
-    arguments, options = call_of(case)
     op = getattr(getattr(torch.ops, cpu_backend.namespace), name)
+    arguments, options = arguments_of(name, case)
     results = torch.library.opcheck(op, arguments, options, test_utils=CHECKS)
     assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("mode", ["mean", "sum", "drop"])
 def test_opcheck_with_gradient(cpu_backend: Backend, mode: str) -> None:
-    arguments, options = call_of(MergeCase(2, 9, 5, 4, mode=mode, sized=True))
+    arguments, options = arguments_of("merge_tokens", MergeCase(2, 9, 5, 4, mode=mode, sized=True))
     arguments[0].requires_grad_()
     op = getattr(torch.ops, cpu_backend.namespace).merge_tokens
     results = torch.library.opcheck(op, arguments, options, test_utils=CHECKS)
@@ -69,7 +76,7 @@ def test_opcheck_cuda(name: str, case: Any) -> None:
     from backends import make_backend
 
     device = make_backend("cuda").device
-    args, options = call_of(case)
+    args, options = arguments_of(name, case)
     moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
     options = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in options.items()}
     torch.library.opcheck(getattr(torch.ops.tokencomp, name), tuple(moved), options)

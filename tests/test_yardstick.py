@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import METRICS, OBJECTIVES, Inputs, KCenterCase
+from cases_score import ScoreCase
 from tokencomp import reference
 from torch import Tensor
-from yardstick import assert_agrees
+from yardstick import assert_agrees, assert_scores
 
 CASE = KCenterCase(B=2, N=30, C=11, k=8)
 
@@ -116,3 +117,29 @@ def test_padding_that_wins_is_found() -> None:
     index[0, 4] = 25
     with pytest.raises(AssertionError, match="wrong picks"):
         assert_agrees(call, index, value)
+
+
+@pytest.mark.parametrize("what", ["weights", "mask", "position", "group", "value", "nan"])
+def test_wrong_scores_are_found(what: str) -> None:
+    c = ScoreCase(2, 4, 2, 30, 50, 16, weight="decay").call()
+    options = {**c.sight, **c.rows}
+    exact, torch32 = (
+        reference.column_score(c.q, c.k, c.lse, **options, dtype=d) for d in (torch.float64, torch.float32)
+    )
+    assert_scores(torch32, exact, torch32)
+    wrong = torch32.clone()
+    if what == "weights":
+        wrong = reference.column_score(c.q, c.k, c.lse, **c.sight, dtype=torch.float32)
+    elif what == "mask":
+        wrong = reference.column_score(c.q, c.k, c.lse, **{**options, "window": 20}, dtype=torch.float32)
+    elif what == "position":
+        position = torch.arange(30) + 19
+        wrong = reference.column_score(c.q, c.k, c.lse, **options, q_position=position, dtype=torch.float32)
+    elif what == "group":
+        wrong = wrong[:, [0, 2, 1, 3]]
+    elif what == "value":
+        wrong[1, 3, 7] *= 1 + 2e-5
+    else:
+        wrong[0, 0, 49] = float("nan")
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_scores(wrong, exact, torch32)

@@ -61,3 +61,21 @@ def _report(what: str, wrong: Tensor, got: Tensor, exact: Replay, tolerance: Ten
         f"gap {exact.gap[b, j].item():.3g}, exact value {exact.value[b, j].item():.9g}, "
         f"tolerance {tolerance[j].item():.3g}"
     )
+
+
+def assert_scores(got: Tensor, exact: Tensor, torch32: Tensor, *, what: str = "scores") -> None:
+    """Hold numbers to float64 by the yardstick: each may miss by twice torch's largest error at its size.
+
+    Errors are relative to the number's size (at least 1e-30), or, where numbers have signs, to the largest.
+    """
+    assert got.dtype == torch.float32
+    assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, expected {list(exact.shape)}"
+    finite = exact.isfinite()
+    assert torch.equal(got.double()[~finite], exact[~finite]), f"{what}: infinities or NaN differ"
+    if not finite.any():
+        return
+    ours, want, theirs = got.double()[finite], exact[finite], torch32.double()[finite]
+    size = want.clamp(min=1e-30) if bool((want >= 0).all()) else want.abs().max().expand_as(want)
+    allowed = 2 * ((theirs - want).abs() / size).max() + NOISE
+    error = (ours - want).abs() / size
+    assert bool((error <= allowed).all()), f"{what}: relative error {error.max():.3g}, allowed {allowed:.3g}"

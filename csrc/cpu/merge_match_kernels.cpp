@@ -5,6 +5,7 @@
 #include "core/order.h"
 #include "cpu/gram.h"
 #include "cpu/merge_kernels.h"
+#include "cpu/simd_math.h"
 
 namespace tokencomp::cpu::TOKENCOMP_ISA {
 namespace {

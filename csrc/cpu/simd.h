@@ -64,8 +64,6 @@ TC_INLINE Vec select_ge(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), no.v, yes.v)};
 }
 TC_INLINE uint32_t lanes_gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
-// a * 2^n for whole n in [-126, 127].
-TC_INLINE Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 // Rounds to nearest even, as from_float does.
 TC_INLINE __m256i narrow(Vec a, bf16) {
   const __m512i u = _mm512_castps_si512(a.v);
@@ -135,10 +133,6 @@ TC_INLINE Vec select_ge(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ))};
 }
 TC_INLINE uint32_t lanes_gt(Vec a, Vec b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ))); }
-TC_INLINE Vec scale_by_power(Vec a, Vec n) {
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
-  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
-}
 TC_INLINE __m128i narrow(Vec a, bf16) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -230,9 +224,6 @@ TC_INLINE uint32_t lanes_gt(Vec a, Vec b) {
   for (int i = 0; i < kWidth; ++i) mask |= uint32_t(a.v[i] > b.v[i]) << i;
   return mask;
 }
-TC_INLINE Vec scale_by_power(Vec a, Vec n) {
-  return lanewise([&](int i) { return a.v[i] * detail::as_float(uint32_t(int(n.v[i]) + 127) << 23); });
-}
 template <class T>
 TC_INLINE void store_some(T* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
@@ -275,21 +266,6 @@ TC_INLINE void store_up_to(T* p, Vec a, int n) {
   } else {
     store_some(p, a, n);
   }
-}
-
-// e^a, within 2 ulp; a below -87 gives e^-87 and above 88 gives e^88. Cody-Waite reduction, a polynomial on
-// [-ln(2) / 2, ln(2) / 2].
-TC_INLINE Vec exp(Vec a) {
-  a = min(max(a, broadcast(-87.0f)), broadcast(88.0f));
-  const Vec shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec n = sub(fma(a, broadcast(1.44269504f), shifter), shifter);
-  const Vec r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), a));
-  Vec p = fma(r, broadcast(1.9875691500e-4f), broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  return scale_by_power(fma(mul(r, r), p, add(r, broadcast(1.0f))), n);
 }
 
 // ---- product steps

@@ -69,6 +69,12 @@ inline T& dynamic_smem(EMU_LOC) {
 }
 inline uint32_t smem_address(const void* p, EMU_LOC) { return emu::shared_address(p, loc); }
 
+// ---- mathematics: exact here, so tolerances must leave room for the GPU's approximation
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
+}
+
 // ---- asynchronous copies
 inline void cp_async16(void* dst, const void* src, bool valid = true, EMU_LOC) {
   emu::cp_async16(dst, src, valid, loc);

@@ -315,7 +315,7 @@ Tensor bits(const Tensor& a, const Tensor& b) {
   return out;
 }
 
-constexpr int kMaths = 10;
+constexpr int kMaths = 11;
 
 // registers: maths_kernel <= 40
 __global__ void __launch_bounds__(128) maths_kernel(const float* a, const float* b, float* out, int n) {
@@ -331,7 +331,8 @@ __global__ void __launch_bounds__(128) maths_kernel(const float* a, const float*
                            __fdividef(x, fabsf(y) + 1),
                            __fmaf_rn(x, y, 1.0f),
                            float(__float2int_rn(x == x ? x : 0.0f)),
-                           __uint_as_float(__float_as_uint(x) ^ 0x80000000u)};
+                           __uint_as_float(__float_as_uint(x) ^ 0x80000000u),
+                           gpu::exp2_approx(x)};
   for (int k = 0; k < kMaths; k++) out[i * kMaths + k] = r[k];
 }
 

@@ -271,6 +271,7 @@ def test_maths(device: Device) -> None:
         [
             torch.fmin(x, y), torch.fmax(x, y), x.nan_to_num(0).clamp(0, 1), (x.abs() + 1).rsqrt(),
             (x / 8).exp(), (x.abs() + 1).log(), x / (y.abs() + 1), x * y + 1, x.nan_to_num(0).round(), -x,
+            x.exp2().masked_fill(x > 128, float("inf")),
         ],
         dim=1,
     )  # fmt: skip

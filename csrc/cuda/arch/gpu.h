@@ -6,6 +6,7 @@
 #include "cuda/arch/async_copy.h"
 #include "cuda/arch/cluster.h"
 #include "cuda/arch/launch.h"
+#include "cuda/arch/maths.h"
 #include "cuda/arch/mbarrier.h"
 #include "cuda/arch/memory.h"
 #include "cuda/arch/mma.h"

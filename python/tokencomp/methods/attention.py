@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokencomp import ragged
+from tokencomp import ops, ragged
+from tokencomp.methods import matching
 from tokencomp.methods.layers import LayerView
-from tokencomp.reference import score as ops
 
 _ENTROPY_ROWS = 128  # rows of the attention matrix formed at a time
 
@@ -41,7 +41,7 @@ class Attention:
             row_weight=weight,
             key_bias=self.key_bias,
             causal=False,
-        ).float()
+        )
 
     def row(self, token: int) -> Tensor:
         """``[B, H, N]`` float32: the attention that ``token`` pays, e.g. CLS with 0."""
@@ -114,11 +114,12 @@ def of(view: LayerView, *, proportional: bool = False) -> Attention:
     if view.mask is not None:
         bias = torch.zeros_like(view.mask, dtype=torch.float32) if bias is None else bias
         bias = bias.masked_fill(~view.mask, float("-inf"))
-    return Attention(view.q, view.k, view.scale, bias, view.mask, _lse(view.q, view.k, view.scale, bias))
+    q, k = matching.dense(view.q), matching.dense(view.k)
+    return Attention(q, k, view.scale, bias, view.mask, _lse(q, k, view.scale, bias))
 
 
 def _lse(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    return ops.attention_lse(q, k, scale=scale, key_bias=bias, causal=False).float()
+    return ops.attention_lse(q, k, scale=scale, key_bias=bias, causal=False)
 
 
 def _probability(logits: Tensor, lse: Tensor) -> Tensor:

@@ -46,17 +46,22 @@ def as_float32(t: Tensor | None) -> Tensor | None:
 
 def check_lengths(op: str, lengths: Tensor, n: int) -> None:
     """Raise ValueError unless every length is in [0, N]."""
-    check_count(op, "lengths", lengths, "N", n)
+    check_within(op, "lengths", lengths, 0, n, "N")
 
 
-def check_count(op: str, argument: str, values: Tensor, limit_name: str, limit: int) -> None:
-    """Raise ValueError unless every value is in [0, limit]."""
-    _refuse(op, argument, f"in [0, {limit_name}={limit}]", values, (values < 0) | (values > limit))
+def check_within(op: str, argument: str, values: Tensor, low: int, high: int, name: str) -> None:
+    """Raise ValueError unless every integer of ``values`` is in [low, high], where ``high`` is ``name``."""
+    _refuse(op, argument, f"in [{low}, {name}={high}]", values, (values < low) | (values > high))
 
 
-def check_weight(op: str, weight: Tensor) -> None:
+def check_weight(op: str, weight: Tensor, name: str = "weight") -> None:
     """Raise ValueError unless every weight is finite and not negative."""
-    _refuse(op, "weight", "finite and >= 0", weight, ~(torch.isfinite(weight) & (weight >= 0)))
+    _refuse(op, name, "finite and >= 0", weight, ~(torch.isfinite(weight) & (weight >= 0)))
+
+
+def check_bias(op: str, bias: Tensor) -> None:
+    """Raise ValueError unless every bias is finite or -inf."""
+    _refuse(op, "key_bias", "finite or -inf", bias, bias.isnan() | (bias == torch.inf))
 
 
 def check_seed(op: str, seed: Tensor, n: int, lengths: Tensor | None) -> None:

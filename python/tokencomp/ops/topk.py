@@ -50,7 +50,7 @@ def topk_select(
         if lengths is not None:
             _check_lengths(_TOPK, score, lengths)
         if k_per_row is not None and k_per_row.shape == score.shape[:1]:
-            _check.check_count(_TOPK, "k_per_row", k_per_row, "k", k)
+            _check.check_within(_TOPK, "k_per_row", k_per_row, 0, k, "k")
     index, count = _namespace.op(_TOPK)(
         score,
         k,
@@ -149,7 +149,7 @@ def topk_budget(score: Tensor, k: int, *, floor: int = 0, lengths: Tensor | None
 
 def _check_lengths(op: str, score: Tensor, lengths: Tensor) -> None:
     if lengths.shape == score.shape[:-1]:  # the operator refuses another shape
-        _check.check_count(op, "lengths", lengths, "S", score.shape[-1])
+        _check.check_within(op, "lengths", lengths, 0, score.shape[-1], "S")
 
 
 def _row_outputs(op: str, score: Tensor, width: int) -> tuple[Tensor, Tensor]:

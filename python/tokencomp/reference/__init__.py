@@ -10,6 +10,16 @@ from tokencomp.reference.kept_keys import Kept, kept_keys
 from tokencomp.reference.kept_patches import KeptTokens, kept_patches
 from tokencomp.reference.kept_visual import KeptVisual, kept_visual
 from tokencomp.reference.merge import bipartite_map, cosine_match, energy_score, match_matrix, merge_tokens
+from tokencomp.reference.score import (
+    attention_logits,
+    attention_lse,
+    column_score,
+    decay_score_,
+    diagonal_score,
+    head_vote,
+    qk_scores,
+    visible,
+)
 from tokencomp.reference.selection import ends_keep, grid_keep, random_keep, stride_keep
 from tokencomp.reference.topk import topk_budget, topk_select, topp_select
 
@@ -18,21 +28,29 @@ __all__ = [
     "KeptTokens",
     "KeptVisual",
     "Replay",
+    "attention_logits",
+    "attention_lse",
     "bipartite_map",
+    "column_score",
     "cosine_match",
+    "decay_score_",
+    "diagonal_score",
     "ends_keep",
     "energy_score",
     "grid_keep",
+    "head_vote",
     "kcenter_greedy",
     "kept_keys",
     "kept_patches",
     "kept_visual",
     "match_matrix",
     "merge_tokens",
+    "qk_scores",
     "random_keep",
     "replay",
     "stride_keep",
     "topk_budget",
     "topk_select",
     "topp_select",
+    "visible",
 ]

@@ -226,7 +226,7 @@ def head_vote(
     masked = (s == -INF).all(2)
     if mode == "softmax_sum":
         known = torch.ones(batch, heads) if lse is None else lse
-        known = known.view(batch, groups, -1, 1).to(dtype)
+        known = known.view(batch, groups, heads // groups, 1).to(dtype)
         vote = torch.where(known.isfinite(), torch.exp(s - known.nan_to_num(0, 0, 0)), 0.0).sum(2)
     else:
         vote = {"sum": s.sum(2), "mean": s.mean(2), "max": s.amax(2)}[mode]
@@ -264,7 +264,7 @@ def decay_score_(
     if count is not None:
         count.copy_(torch.where(live, count + 1, count))
     if last is not None:
-        strongest = p.view(batch, rows, -1, keys).amax(2)
+        strongest = p.view(batch, rows, p.shape[1] // rows, keys).amax(2)
         active = live & (strongest >= alpha)
         if interval is not None:
             longest = torch.maximum(interval, step - last)
