@@ -225,7 +225,7 @@ def test_printed_table(text_table: Table) -> None:
 
 def point(method: str, cost: float, score: float) -> Row:
     exact = Estimate(score, score, score)
-    return Row(method, 0.5, exact, exact, None, 1, 2, (1.0,), cost * 1024, 1.0, 1.0, 1, (score,))
+    return Row(method, 0.5, exact, exact, None, 1, 2, (1.0,), cost * 1024, 1.0, 1.0, 1, 1, (score,))
 
 
 @pytest.mark.parametrize("sign", [1, -1])

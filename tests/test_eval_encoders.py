@@ -1,7 +1,7 @@
 """Methods inside an encoder under the evaluation: rates for a budget, what is reported, and that they pay."""
 
 import pytest
-from tokencomp import zoo
+from tokencomp import adapters, zoo
 from tokencomp.eval import Table, encoders, evaluate, known
 
 pytest.importorskip("transformers", reason="the zoo needs the extra hf")
@@ -43,6 +43,17 @@ def test_every_method_keeps_about_the_budget(table: Table) -> None:
         assert len(row.kept_per_layer) == LAYERS
         assert row.tokens_total == TOKENS
         assert 0.47 * TOKENS <= row.tokens_kept <= 0.505 * TOKENS, name
+
+
+def test_operations_are_those_of_fewer_tokens(table: Table) -> None:
+    """Half of the tokens: about half of the operations where they go before the first layer."""
+    rows = {row.method: row for row in table.rows}
+    full = rows["none"].flops
+    model, _ = zoo.load("digits-vit")
+    in_layers = adapters.encoder_flops(model, [TOKENS + 1] * (LAYERS + 1))
+    assert in_layers < full < 1.05 * in_layers
+    assert 0.4 * full < rows["random"].flops == rows["stride"].flops < 0.53 * full
+    assert rows["random"].flops < rows["tome"].flops < 0.7 * full
 
 
 def test_merging_beats_random_keep_at_the_same_number_of_tokens(table: Table) -> None:

@@ -1,4 +1,4 @@
-"""What a run holds and takes: bytes of storages, peak bytes, seconds."""
+"""What a run holds and takes: bytes of storages, peak bytes, operations, seconds."""
 
 import time
 import weakref
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 def cache_bytes(cache: Any) -> int:
@@ -74,6 +75,21 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     with live:
         call()
     return live.peak
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products, convolutions and attention in ``call``, as PyTorch
+    counts them (a multiply-add is two). What a compressor's own operators compute is not among them.
+    """
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """PyTorch counts its other fused attentions, but not the CPU's. Shapes ``[B, H, T, D]``."""
+    return int(sdpa_flop_count(query, key, value))
 
 
 class _LiveStorages(TorchDispatchMode):

@@ -14,7 +14,7 @@ from torch import Tensor
 import tokencomp
 from tokencomp.eval import compressors as registry
 from tokencomp.eval.compressors import BASELINES, Compressor, Nothing, Report
-from tokencomp.eval.measure import Meter, peak_bytes
+from tokencomp.eval.measure import Meter, count_flops, peak_bytes
 from tokencomp.eval.progress import progress
 from tokencomp.eval.statistics import Bootstrap, Floats
 from tokencomp.eval.table import Row, Table
@@ -30,6 +30,7 @@ class _Config:
     compressor: Compressor
     budget: float
     peak: int = 0
+    flops: int = 0
     scores: list[Tensor] = field(default_factory=list)
     meters: list[Meter] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
@@ -50,8 +51,8 @@ def evaluate(
 
     The model as it is (``none``), random keep and uniform stride are always among them, first. All see the
     same samples, one after the other in turn, so that a busy moment of the machine hits all alike, and what
-    is drawn for a sample is drawn from the same seed at every budget. Each combination runs once beforehand:
-    this warms up and measures the peak.
+    is drawn for a sample is drawn from the same seed at every budget. Each combination runs twice beforehand:
+    this warms up, measures the peak, and counts operations.
 
     Args:
         model: of the kind the task was made for, in eval mode, on any device.
@@ -74,7 +75,9 @@ def evaluate(
     drawn = task.samples(count, seed)
     with progress(f"{name}, {task.name}", len(configs) * (count + 1), show) as advance:
         for config in configs:
-            config.peak = peak_bytes(partial(_once, model, task, config, drawn[0], seed), model.device)
+            trial = partial(_once, model, task, config, drawn[0], seed)
+            config.peak = peak_bytes(trial, model.device)
+            config.flops = count_flops(trial)
             for found in (config.scores, config.meters, config.reports):
                 found.clear()
             advance()
@@ -153,6 +156,7 @@ def _rows(configs: list[_Config], samples: list[Sample], resampling: Bootstrap) 
                 prefill_ms=1e3 * statistics.median(m.seconds["prefill"][0] for m in config.meters),
                 decode_ms=1e3 * statistics.median(decode) if decode else None,
                 peak_bytes=config.peak,
+                flops=config.flops,
                 scores=tuple(mean.tolist()),
                 groups=_groups(mean, samples),
                 kept_tokens=tuple(index.tolist()) if index is not None and samples[0].grid else (),

@@ -30,6 +30,7 @@ class Row:
     prefill_ms: float  # median over samples, batch 1, with the compression
     decode_ms: float | None  # a token, median
     peak_bytes: int  # of one sample's run, above the weights
+    flops: int  # of one sample's run, see ``measure.count_flops``
     scores: tuple[float, ...]  # of each sample
     groups: dict[str, float] = field(default_factory=dict)  # mean score by group, e.g. depth of the needle
     kept_tokens: tuple[int, ...] = ()  # of the first sample, where tokens are those of an image
@@ -124,7 +125,7 @@ def _rendered(table: Table) -> Any:
     made.add_column("method")
     has_cache = any(row.kv_bytes is not None for row in table.rows)
     heads = ["budget", "score", "against none", "against random", "tokens kept"]
-    heads += ["KV bytes"] * has_cache + ["prefill ms"] + ["decode ms"] * has_cache + ["peak MiB"]
+    heads += ["KV bytes"] * has_cache + ["prefill ms"] + ["decode ms"] * has_cache + ["GFLOP", "peak MiB"]
     for head in heads:
         made.add_column(head, justify="right")
     for row in table.rows:
@@ -136,7 +137,8 @@ def _rendered(table: Table) -> Any:
         ]
         cells += [_interval(row.versus_random, "+"), f"{row.tokens_kept:.0f} of {row.tokens_total:.0f}"]
         cells += [_number(row.kv_bytes, ",.0f")] * has_cache + [_number(row.prefill_ms, ".2f")]
-        cells += [_number(row.decode_ms, ".2f")] * has_cache + [f"{row.peak_bytes / 2**20:.2f}"]
+        cells += [_number(row.decode_ms, ".2f")] * has_cache
+        cells += [f"{row.flops / 1e9:.3f}", f"{row.peak_bytes / 2**20:.2f}"]
         made.add_row(*cells, end_section=row.method == "none" or row is _last_of(table, row))
     return made
 
