@@ -1,20 +1,17 @@
 """Token merging against its plain PyTorch formulation and against a clone of the tokens, in one run.
 
-    python bench/bench_merge.py [--device cpu|cuda] [--out file.json] [--check] [--quick]
+    python bench/bench_merge.py [--device cpu|cuda] [--threads n] [--out file.json] [--check] [--quick]
 
 Shapes: ViT-B/16 (197 tokens of 768 channels), ViT-L/14 at 336 pixels (577 of 1024), and 4096 tokens of which
 half merge; keys of 64 channels are the metric. Contenders take turns, and the best time of each counts.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from common import Ceilings, Row, document, interleaved_seconds, measure_ceilings, rotating, table
+from common import Row, command, interleaved_seconds, rotating
 from tokencomp import ops, token_map
 from tokencomp.reference.merge_plain import plain_pitome, plain_tome
 from torch import Tensor
@@ -58,8 +55,12 @@ class Problem:
 
 def tome(x: Tensor, metric: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The product's version of ``plain_tome``."""
-    mapped = tome_map(metric, r)
-    return ops.merge_tokens(x, mapped, token_map.merged_count(x.shape[1], r), size=size)
+    return ops.bipartite_merge(x, metric, r, size=size)[:2]
+
+
+def tome_in_steps(x: Tensor, metric: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The same by the three operators it is made of."""
+    return ops.merge_tokens(x, tome_map(metric, r), token_map.merged_count(x.shape[1], r), size=size)
 
 
 def tome_map(metric: Tensor, r: int) -> Tensor:
@@ -83,6 +84,11 @@ def stages(p: Problem, device: str) -> Iterator[tuple[str, float, float, Contend
     """What is measured: a name, operations, bytes, and who does it. The plain peers work in float32."""
     x, metric, size = p.tensors(device)
     copies = rotating(x)
+    apart = len(copies) // 3  # who comes second must not find the tokens of the first in the caches
+
+    def tokens(turn: int, place: int = 0) -> Tensor:
+        return copies[(turn + place * apart) % len(copies)]
+
     column = size[..., None]
     pairs = 2.0 * p.B * (p.N // 2) * ((p.N + 1) // 2) * D
     yield (
@@ -90,8 +96,9 @@ def stages(p: Problem, device: str) -> Iterator[tuple[str, float, float, Contend
         pairs,
         p.merge_bytes(),
         {
-            "tokencomp": lambda i: tome(copies[i % len(copies)], metric, size, p.r),
-            "plain": lambda i: plain_tome(copies[i % len(copies)].float(), metric.float(), column, p.r),
+            "tokencomp": lambda i: tome(tokens(i), metric, size, p.r),
+            "three operators": lambda i: tome_in_steps(tokens(i, 1), metric, size, p.r),
+            "plain": lambda i: plain_tome(tokens(i, 2).float(), metric.float(), column, p.r),
         },
     )
     mapped = tome_map(metric, p.r)
@@ -100,8 +107,8 @@ def stages(p: Problem, device: str) -> Iterator[tuple[str, float, float, Contend
         0.0,
         p.merge_bytes(),
         {
-            "tokencomp": lambda i: ops.merge_tokens(copies[i % len(copies)], mapped, p.count, size=size),
-            "clone": lambda i: copies[i % len(copies)].clone(),
+            "tokencomp": lambda i: ops.merge_tokens(tokens(i), mapped, p.count, size=size),
+            "clone": lambda i: tokens(i, 1).clone(),
         },
     )
     r = min(p.r, p.N // 2)
@@ -137,7 +144,7 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
             for name, flops, size, contenders in stages(p, device):
                 times = interleaved_seconds(contenders, device)
                 rows += [
-                    Row("merge", name, who, seconds, flops, size, baseline=who != "tokencomp")
+                    Row("merge", name, who, seconds, flops, size, baseline=who in ("plain", "clone"))
                     for who, seconds in times.items()
                 ]
                 print(
@@ -147,26 +154,5 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
-    parser.add_argument(
-        "--check", action="store_true", help="also compare the results with the plain formulation"
-    )
-    parser.add_argument("--quick", action="store_true", help="the smallest shape only")
-    args = parser.parse_args()
-    ceilings: Ceilings = measure_ceilings(args.device)
-    rows = run(args.device, quick=args.quick, checked=args.check)
-    print(table(rows, ceilings))
-    if args.out:
-        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(run, __doc__))

@@ -5,24 +5,22 @@
 Shapes are one layer of an 8B language model, scaled to 8 query heads: a causal prompt, a window of 64 queries
 at the end of a long one, a decode step. The eager peer multiplies, masks, softmaxes and sums in float32, in
 chunks of rows that stop at the diagonal. ``read`` reads the keys once (a maximum of words): the floor of
-everything that is not bound by arithmetic.
+everything that is not bound by arithmetic; ``paged`` scores the same keys as shuffled pages of 16.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from common import Ceilings, Row, document, measure_ceilings, median_seconds, rotating, table
+from common import Row, command, median_seconds, rotating
 from tokencomp import ops, reference
 from torch import Tensor
 
 CHUNK = 128  # rows of the eager matrix held at a time: the fastest of 16 ... 512
 HQ, HKV, D = 8, 2, 128
+PAGE = 16
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,11 @@ def ours(what: str, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
     return ops.column_score(q, k, lse, rows="max" if what == "column_max" else "sum")
 
 
+def paged(q: Tensor, k: Tensor, table: Tensor) -> Tensor:
+    """``qk_scores`` over the same keys as pages, which lie about at random."""
+    return ops.qk_scores(q[:, :, 0], k.view(-1, 1, PAGE, D), block_table=table)[0]
+
+
 def read(k: Tensor) -> Tensor:
     return k.view(torch.int32).max()
 
@@ -135,11 +138,15 @@ def measure(p: Problem, device: str) -> list[Row]:
         "eager": lambda keys: eager(p.what, q, keys),
         "read": read,
     }
+    if p.what == "qk_scores":
+        pages = torch.randperm(p.keys * HKV // PAGE, generator=torch.Generator().manual_seed(0))
+        table = pages.view(1, HKV, -1).int().to(device)
+        contenders["paged"] = lambda keys: paged(q, keys, table)
     rows = []
     for name, function in contenders.items():
         seconds = median_seconds(partial(_turn, function, copies), device)
         flops = 0.0 if name == "read" else p.flops
-        rows.append(Row("score", p.name, name, seconds, flops, p.bytes, baseline=name != "tokencomp"))
+        rows.append(Row("score", p.name, name, seconds, flops, p.bytes, baseline=name in ("eager", "read")))
     return rows
 
 
@@ -164,32 +171,14 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
     for p in problems(quick):
         if checked:
             check(p, device)
+        first = len(rows)
         rows += measure(p, device)
         print(
-            f"{p.name}: " + ", ".join(f"{r.name} {r.seconds * 1e3:.3f} ms" for r in rows[-3:]),
+            f"{p.name}: " + ", ".join(f"{r.name} {r.seconds * 1e3:.3f} ms" for r in rows[first:]),
             file=sys.stderr,
         )
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
-    parser.add_argument("--check", action="store_true", help="also hold the results to the specification")
-    parser.add_argument("--quick", action="store_true", help="small shapes only")
-    args = parser.parse_args()
-    ceilings: Ceilings = measure_ceilings(args.device)
-    rows = run(args.device, quick=args.quick, checked=args.check)
-    print(table(rows, ceilings))
-    if args.out:
-        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(run, __doc__))

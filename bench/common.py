@@ -5,7 +5,9 @@ fit in memory. On CUDA, events time the device. Ceilings: copy bandwidth and mat
 threads.
 """
 
+import argparse
 import datetime
+import json
 import os
 import platform
 import statistics
@@ -161,3 +163,26 @@ def table(rows: list[Row], ceilings: Ceilings) -> str:
 def document(device: str, ceilings: Ceilings, rows: list[Row]) -> dict[str, Any]:
     """Everything of one run, ready for JSON."""
     return {"machine": machine(device), "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}
+
+
+def command(run: Callable[..., list[Row]], description: str | None) -> int:
+    """The command line of a bench: measure, print the table, write JSON where asked to."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--threads", type=int, help="of the processor; default: torch's")
+    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
+    parser.add_argument("--check", action="store_true", help="also hold the results to the specification")
+    parser.add_argument("--quick", action="store_true", help="the smallest shape only")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    ceilings = measure_ceilings(args.device)
+    rows = run(args.device, quick=args.quick, checked=args.check)
+    print(table(rows, ceilings))
+    if args.out:
+        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
+    return 0

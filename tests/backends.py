@@ -48,15 +48,24 @@ class Backend:
     def run(self, name: str, *arguments: Any, **options: Any) -> Any:
         """The operator ``name`` through its wrapper; tensors from the CPU, results to the CPU."""
         with self.active():
-            return _moved(getattr(ops, name)(*self._here(arguments), **self._here(options)), "cpu")
+            return _moved(getattr(ops, name)(*self.here(arguments), **self.here(options)), "cpu")
 
     def run_kernel(self, name: str, *arguments: Any, **options: Any) -> Any:
         """The operator below the wrapper: values are not checked in Python."""
         kernel = getattr(getattr(torch.ops, self.namespace), name)
-        return _moved(kernel(*self._here(arguments), **self._here(options)), "cpu")
+        return _moved(kernel(*self.here(arguments), **self.here(options)), "cpu")
 
-    def _here(self, values: Any) -> Any:
+    def call(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """The wrapper ``name`` on tensors that are moved here unless they are here already (and may be
+        changed); results stay. To be used inside ``active()``.
+        """
+        return getattr(ops, name)(*self.here(arguments), **self.here(options))
+
+    def here(self, values: Any) -> Any:
         return _moved(values, self.device)
+
+    def home(self, values: Any) -> Any:
+        return _moved(values, "cpu")
 
     def kernel(self, x: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor]:
         """The operator below the wrapper: values are not checked in Python."""

@@ -90,6 +90,7 @@ class MatchCase:
     masked: bool = False
     min_similarity: float = float("-inf")
     top: int = 1
+    itself: bool = True  # False: no token matches the one of its own number, and b is a
     data: str = "gauss"
     layout: str = "contiguous"
     zero: tuple[int, ...] = ()
@@ -112,8 +113,11 @@ class MatchCase:
             spoil(tokens((self.B, n, self.C), self.data, g).to(dtype), self.zero, self.bad)
             for n in (self.Na, self.Nb)
         )
+        b = b if self.itself else a
         options: dict[str, Any] = {"top": self.top, "band": self.band, "min_similarity": self.min_similarity}
         options |= {"protect_a": self.protect[0], "protect_b": self.protect[1]}
+        if not self.itself:
+            options["exclude_self"] = True
         if self.Ka:
             options["a_index"] = torch.randint(-1, self.Na, (self.B, self.Ka), generator=g, dtype=torch.int32)
         if self.Kb:
@@ -167,6 +171,11 @@ def _match_cases() -> list[MatchCase]:
         replace(base, zero=tuple(range(67))),
         replace(base, bad=tuple(range(67)), C=9),
     ]
+    alone = replace(base, Nb=67, itself=False)
+    cases += [replace(alone, dtype=d, top=top) for d in DTYPES for top in (1, 32)]
+    cases += [replace(alone, Ka=40, Kb=90, top=top, masked=True) for top in (1, 3)]
+    cases += [replace(alone, band=9, top=4), replace(alone, C2=5, alpha=0.4)]
+    cases += [MatchCase(2, 1, 1, 8, itself=False)]
     cases += [MatchCase(1, 2048, 2048, 64, dtype=d, slow=True) for d in DTYPES]
     cases += [MatchCase(1, 8192, 8192, 4), MatchCase(2, 288, 289, 1024, dtype="bfloat16", slow=True)]
     return cases
@@ -179,6 +188,7 @@ def _match_exact() -> list[MatchCase]:
     cases += [replace(base, weighted=True, top=top, dtype=d) for top in (1, 3) for d in DTYPES]
     cases += [replace(base, C2=64, alpha=0.25, top=top, dtype=d) for top in (1, 3) for d in DTYPES]
     cases += [replace(base, Ka=33, Kb=77, band=20, top=top, masked=True) for top in (1, 9)]
+    cases += [replace(base, Nb=70, itself=False, top=top, Ka=ka) for top in (1, 5, 32) for ka in (0, 50)]
     cases += [replace(base, protect=(3, 2), min_similarity=0.5, dtype="bfloat16")]
     cases += [replace(base, zero=(0, 5, 69), bad=(1, 9), top=top, layout="halves") for top in (1, 4)]
     cases += [

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from cases import DTYPES
-from cases_merge import LAYOUTS, Call, generator, laid_out, name_of
+from cases_merge import LAYOUTS, Call, generator, laid_out, name_of, spoil, tokens
 
 ORDERS = ("tome", "index", "similarity", "position")
 MODES = ("mean", "sum", "amax", "drop", "mlerp")
@@ -166,4 +166,65 @@ def _merge_cases() -> list[MergeCase]:
     ]
 
 
-MAP_CASES, MERGE_CASES = _map_cases(), _merge_cases()
+@dataclass(frozen=True)
+class StepCase:
+    """One call of ``bipartite_merge``."""
+
+    B: int
+    N: int
+    C: int
+    D: int
+    r: int
+    dtype: str = "float32"
+    metric: str = "float32"
+    prefix: int = 1
+    order: str = "tome"
+    mode: str = "mean"
+    sized: bool = True
+    lists: tuple[int, int, int] | None = None  # lengths of a_tokens, b_tokens, rest_tokens
+    data: str = "gauss"
+    layout: str = "contiguous"
+    bad: tuple[int, ...] = ()
+    slow: bool = False
+
+    @property
+    def name(self) -> str:
+        return name_of(self)
+
+    @property
+    def work(self) -> int:
+        return self.B * (max(self.N, 64) ** 2 * self.D // 4 + self.N * (self.C + 4000))
+
+    def inputs(self) -> Call:
+        g = generator(self.name)
+        x = torch.randn(self.B, self.N, self.C, generator=g).to(getattr(torch, self.dtype))
+        metric = tokens((self.B, self.N, self.D), self.data, g).to(getattr(torch, self.metric))
+        metric = spoil(metric, (), self.bad)
+        options: dict[str, Any] = {"prefix": self.prefix, "order": self.order, "mode": self.mode}
+        if self.sized:
+            options["size"] = torch.randint(1, 9, (self.B, self.N), generator=g).float()
+            options["weight"] = torch.randint(1, 5, (self.B, self.N), generator=g).float() / 4
+        if self.lists:
+            mixed = torch.stack([torch.randperm(self.N, generator=g) for _ in range(self.B)]).to(torch.int32)
+            split = mixed[:, : sum(self.lists)].split(self.lists, dim=1)
+            for key, part in zip(("a_tokens", "b_tokens", "rest_tokens"), split, strict=True):
+                options[key] = part.contiguous()
+        return Call((laid_out(x, self.layout), laid_out(metric, self.layout), self.r), options)
+
+
+def _step_cases() -> list[StepCase]:
+    base = StepCase(B=3, N=41, C=37, D=19, r=9)
+    cases = [replace(base, dtype=d, metric=m) for d in DTYPES for m in DTYPES]
+    cases += [replace(base, mode=m, sized=s, dtype="bfloat16") for m in MODES for s in (False, True)]
+    cases += [replace(base, order=o, prefix=p) for o in ORDERS for p in (0, 2, 5, 40, 99)]
+    cases += [replace(base, r=r, prefix=p) for r in (0, 1, 1000) for p in (0, 1)]
+    cases += [replace(base, lists=lists, r=7, order=o) for lists in ((9, 9, 20), (21, 20, 0)) for o in ORDERS]
+    cases += [replace(base, lists=(7, 12, 5), r=99, prefix=0, metric="bfloat16", mode="mlerp")]
+    cases += [replace(base, D=16, layout=layout, data="lattice") for layout in LAYOUTS]
+    cases += [replace(base, bad=(2, 7, 8), prefix=p) for p in (0, 1)]
+    shapes = [(1, 1, 1, 1, 1), (2, 2, 3, 5, 1), (1, 0, 4, 3, 2), (0, 5, 4, 3, 2), (1, 197, 64, 64, 16)]
+    cases += [StepCase(*shape, prefix=p) for shape in shapes for p in (0, 1)]
+    return [*cases, StepCase(9, 97, 48, 32, 11), StepCase(8, 577, 1024, 64, 16, dtype="float16", slow=True)]
+
+
+MAP_CASES, MERGE_CASES, STEP_CASES = _map_cases(), _merge_cases(), _step_cases()

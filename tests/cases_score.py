@@ -80,7 +80,7 @@ class ScoreCase:
         k = torch.randn(self.B, self.Hkv, self.S, self.D, generator=g).to(self._dtype)
         if self.bad:
             q[:, :, 0, 0], k[:, :, 0, 0], k[:, :, self.S // 2] = float("nan"), float("nan"), INF
-        q, k = _laid_out(q, self.layout), _laid_out(k, self.layout)
+        q, k = laid_out(q, self.layout), laid_out(k, self.layout)
         sight: dict[str, Any] = {"causal": self.causal, "scale": self.D**-0.5}
         sight |= {"window": self.window, "softcap": self.softcap}
         if self.bias:
@@ -125,7 +125,8 @@ class ScoreCase:
         return torch.where(weight < 0.7, 0.0, weight) if self.weight == "sparse" else weight
 
 
-def _laid_out(x: Tensor, layout: str) -> Tensor:
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """``x`` with the strides that ``layout`` names."""
     if layout == "hf":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "sliced":

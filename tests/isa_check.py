@@ -7,12 +7,20 @@ did.
 import sys
 
 import torch
+from backends import make_backend
 from cases import KCENTER_CASES, KCENTER_EXACT
+from cases_decode import DECODE_CASES, STATES_CASES
+from cases_kvcache import KV_CASES
+from cases_kvquant import QUANT_CASES, DequantCase
 from cases_merge import ENERGY_CASES, MATCH_CASES, MATCH_EXACT
 from cases_merge_map import MERGE_CASES
+from cases_prefill import PREFILL_CASES
 from cases_score import SCORE_CASES, ScoreCase
 from cases_topk import TOPK_CASES
+from decode_yardstick import assert_attention, assert_close
+from kvcache_yardstick import check_all
 from merge_yardstick import assert_energies, assert_matches, assert_merged
+from prefill_yardstick import check_case
 from tokencomp import cpu_features, ops, reference
 from yardstick import assert_agrees, assert_scores
 
@@ -45,6 +53,30 @@ def merge_family() -> int:
     return count + len(MATCH_EXACT)
 
 
+def kvquant_family() -> int:
+    cases = [case for case in QUANT_CASES if not case.slow]
+    for case in cases:
+        arguments, options = case.arguments()
+        got = ops.kv_quantize(*arguments, **options)
+        want = reference.kv_quantize(*arguments, **options, dtype=torch.float32)
+        assert torch.equal(got[0], want[0]), f"{case.name}: codes"
+        assert torch.allclose(got[1], want[1], rtol=0, atol=0, equal_nan=True), f"{case.name}: params"
+        arguments, options = DequantCase(case).arguments()
+        back = ops.kv_dequantize(*arguments, **options)
+        dtype = options.pop("dtype")
+        exact = reference.kv_dequantize(*arguments, **options, dtype=torch.float32).to(dtype)
+        assert torch.allclose(back, exact, rtol=0, atol=0, equal_nan=True), f"{case.name}: x"
+    for size in (4, 64, 256):
+        x = torch.randn(1, 2, 21, size)
+        exact = reference.hadamard(x)
+        assert_scores(ops.hadamard(x), exact, reference.hadamard(x, dtype=torch.float32), what="hadamard")
+        stats, wanted = ops.channel_stats(x), reference.channel_stats(x)
+        assert all(
+            torch.allclose(a, b.float(), rtol=1e-5, atol=1e-6) for a, b in zip(stats, wanted, strict=True)
+        )
+    return len(cases)
+
+
 def main(level: str) -> None:
     active = cpu_features()["active"]
     assert active == level, f"asked for {level}, the library runs {active}"
@@ -73,10 +105,41 @@ def main(level: str) -> None:
             check_scores(case)
         except AssertionError as error:
             raise AssertionError(f"{case.name}: {error}") from error
+    decoded = decode_family()
     merged = merge_family()
-    exact_count = len(exact) + len(selections)
-    counts = f"{merged} of the merge family, {len(attention)} of the score family"
+    cached = [case for case in KV_CASES if not case.slow][::3]
+    for case in cached:
+        check_all(make_backend("cpu"), case)
+    exact_count = len(exact) + len(selections) + kvquant_family()
+    prefills = [case for case in PREFILL_CASES if not case.slow and case.work <= WORK_LIMIT]
+    for case in prefills:
+        try:
+            check_case(ops.flash_prefill, case)
+        except AssertionError as error:
+            raise AssertionError(f"{case.name}: {error}") from error
+    families = {
+        "merge": merged, "score": len(attention), "kvcache": len(cached), "decode": decoded,
+        "prefill": len(prefills),
+    }  # fmt: skip
+    counts = ", ".join(f"{number} of the {family} family" for family, number in families.items())
     print(f"{level}: {counts}, {exact_count} exact and {len(close)} close cases")
+
+
+def decode_family() -> int:
+    cases = [case for case in DECODE_CASES if not case.slow and case.work <= WORK_LIMIT]
+    for case in cases:
+        arguments, options = case.call()
+        try:
+            assert_attention(case, *ops.paged_decode(*arguments, **options))
+        except AssertionError as error:
+            raise AssertionError(f"{case.name}: {error}") from error
+    for case in STATES_CASES:
+        (out, lse), _ = case.call()
+        exact, torch32 = (reference.merge_states(out, lse, dtype=d) for d in (torch.float64, torch.float32))
+        assert_close(
+            ops.merge_states(out, lse)[0], exact[0], torch32[0].to(out.dtype).float(), what=case.name
+        )
+    return len(cases) + len(STATES_CASES)
 
 
 def check_scores(case: ScoreCase) -> None:

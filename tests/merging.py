@@ -13,6 +13,7 @@ LAYER_CASES: dict[str, Any] = {
     "tome": ToMe(r=7),
     "tome pair": ToMe(r=(6, -0.5)),
     "tome list": ToMe(r=[0, 9]),
+    "tome tokens": ToMe(r=7, metric="tokens"),
     "tome half": ToMe(r=1000, proportional=False),
     "pitome plain": PiToMe(keep=0.7),
     "pitome bsm": PiToMe(keep=0.7, flavour="bsm", energy="paper"),
@@ -28,6 +29,7 @@ LAYER_CASES: dict[str, Any] = {
     "mctf one way": MCTF(r=7, t_sim=0.5, t_info=0.0, t_size=1.0, bidirectional=False),
     "algm local": ALGM(local_layer=1, threshold=-0.5),
     "algm global": ALGM(global_layer=1),
+    "algm global counts": ALGM(global_layer=1, counts=(2, 3)),
     "local": LocalMerge(r=6, band=2),
     "local half": LocalMerge(r=1000, band=1),
 }

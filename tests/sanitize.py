@@ -6,7 +6,8 @@ import sys
 
 import tokencomp
 import torch
-from tokencomp import ops
+from tokencomp import block_lists, ops
+from tokencomp.ops.kvquant_pages import PageFormat
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -18,6 +19,10 @@ def main(device: str = "cuda") -> None:
         keep(device, dtype)
         merge(device, dtype)
         score(device, dtype)
+        decode(device, dtype)
+        quantize(device, dtype)
+        cache(device, dtype)
+        prefill(device, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
     print("tokencomp", tokencomp.__version__, "done")
@@ -48,7 +53,9 @@ def merge(device: str, dtype: torch.dtype) -> None:
     for mode in ("mean", "sum", "amax", "drop", "mlerp"):
         _, size = ops.merge_tokens(x, token_map, 181, mode=mode)
         assert mode == "drop" or float(size.sum()) == 2 * 197
+    assert torch.equal(ops.bipartite_merge(x, x, 16)[2], token_map)
     order = torch.stack([torch.randperm(197, device=device) for _ in range(2)])
+    ops.cosine_match(x, x, exclude_self=True)
     ops.cosine_match(x, x, a_index=order[:, :50], b_index=order[:, 50:130])
     for kind in ("elu", "paper", "gauss"):
         assert ops.energy_score(x, 0.5, kind=kind).isfinite().all()
@@ -65,9 +72,93 @@ def score(device: str, dtype: torch.dtype) -> None:
         assert ops.diagonal_score(q, k, lse).isfinite().all()
         scores, total = ops.qk_scores(q[:, :, -1], k)
         assert ops.head_vote(scores, total, groups=2).isfinite().all()
+        table = torch.arange(20, device=device).view(2, 2, 5)
+        paged, _ = ops.qk_scores(q[:, :, -1], k.new_ones(20, 1, 16, dim), block_table=table)
+        assert paged.isfinite().all()
         state = torch.zeros(2, 2, keys, device=device)
         ops.decay_score_(state, scores, total, gamma=0.9)
         assert state.isfinite().all()
+
+
+def decode(device: str, dtype: torch.dtype) -> None:
+    for rows, dim in ((1, 64), (3, 96), (1, 128), (2, 250), (8, 256)):
+        k, v = (torch.randn(40, 1, 16, dim, device=device).to(dtype) for _ in range(2))
+        table = torch.randperm(40, device=device).view(2, 2, 10).int()
+        lengths = torch.tensor([[160, 33], [7, 0]], device=device).int()
+        q = torch.randn(2, 8, rows, dim, device=device).to(dtype)
+        index = torch.arange(0, 160, 3, device=device).expand(2, 2, -1)
+        for options in ({}, {"window": 20}, {"index": index, "logits_out": True}):
+            out, lse, _ = ops.paged_decode(q, k, v, table, lengths, **options)
+            assert out.isfinite().all()
+        ops.merge_states(torch.stack([out, out]), torch.stack([lse, lse]))
+
+
+def quantize(device: str, dtype: torch.dtype) -> None:
+    page = PageFormat("int4", "int2", 32, 128, layout="mma16")
+    for tokens, dim, layout in ((37, 96, "linear"), (64, 128, "mma16_k"), (48, 64, "mma16_v")):
+        x = torch.randn(2, 3, tokens, dim, device=device).to(dtype)
+        for bits in (2, 3, 4, 8):
+            for axis in ("token", "channel"):
+                codes, params = ops.kv_quantize(
+                    x, bits, axis=axis, group=-1 if layout == "linear" else 16, layout=layout
+                )
+                assert params.isfinite().all()
+        if layout != "linear":
+            assert torch.equal(
+                ops.kv_repack(ops.kv_repack(codes, 8, layout, "linear"), 8, "linear", layout), codes
+            )
+            assert ops.hadamard(x).isfinite().all()
+        back = ops.kv_dequantize(
+            codes, params, 8, axis=axis, group=-1 if layout == "linear" else 16, layout=layout
+        )
+        assert float((back - x.float()).abs().max()) < 0.1
+        assert ops.channel_stats(x).mean.isfinite().all()
+    k = torch.randn(1, 2, 40, 128, device=device).to(dtype)
+    pool = torch.zeros(4, page.page_bytes, dtype=torch.uint8, device=device)
+    index = torch.arange(32, device=device).repeat(2, 1)
+    where = torch.arange(2, device=device)
+    ops.kv_page_write_(pool, k, k, where, index, where + 1, page)
+    keys, _ = ops.kv_page_read(pool, where + 1, page)
+    assert float((keys - k[0, :, :32].float()).abs().max()) < 1
+
+
+def cache(device: str, dtype: torch.dtype) -> None:
+    """Appended, turned, merged, compacted, read; the second store's rows are no multiple of 16 bytes."""
+    for tokens, dim, page in ((150, 64, 32), (90, 33, 16)):
+        places = -(-tokens // page)
+        k_pages, v_pages = (torch.zeros(8 * places, 1, page, dim, device=device).to(dtype) for _ in range(2))
+        table = torch.randperm(8 * places, device=device).int().view(2, 4, places)
+        empty = torch.zeros(2, 4, dtype=torch.int32, device=device)
+        x = torch.randn(2, 4, tokens, dim, device=device).to(dtype)
+        ops.kv_append_(k_pages, v_pages, x, x, table, empty)
+        lengths = empty + tokens
+        position = torch.arange(tokens, dtype=torch.int32, device=device).repeat(2, 4, 1)
+        rate = 0.5 ** torch.arange(dim // 2, device=device)
+        for layout in ("half", "interleaved"):
+            ops.rope_shift_(k_pages, table, lengths, position, position // 2, rate, layout=layout)
+        keep, member = position[..., ::2].contiguous(), position[..., 1::2].contiguous()
+        count, weight = empty + keep.shape[2], torch.rand(member.shape, device=device)
+        rows = (k_pages, v_pages, table, lengths)
+        target, near = ops.evict_assign(*rows, keep, count, member, similarity="kv")
+        assert int(target.min()) >= 0
+        center = torch.ones(keep.shape, device=device)
+        ops.evict_merge_(*rows, keep, count, member, target, weight, center, keys="direction", by_norm=True)
+        for order in ("stable", "holefill"):
+            ops.kv_compact_(*rows, keep, count, order=order)
+        k, v = ops.kv_gather(k_pages, v_pages, table, count, size=tokens)
+        assert bool(k.isfinite().all() and v.isfinite().all() and near.isfinite().all())
+
+
+def prefill(device: str, dtype: torch.dtype) -> None:
+    for rows, keys, dim in ((70, 130, 64), (200, 300, 128), (65, 65, 80), (130, 190, 192), (70, 90, 256)):
+        q = torch.randn(2, 4, rows, dim, device=device).to(dtype)
+        k, v = (torch.randn(2, 2, keys, dim, device=device).to(dtype) for _ in range(2))
+        assert ops.flash_prefill(q, k, v)[0].isfinite().all()
+        columns = torch.tensor([[[0, 7, 60]] * 2] * 2, device=device)
+        slashes = torch.tensor([[[0, 66]] * 2] * 2, device=device)
+        for block in (64, 128):
+            lists = block_lists.vertical_slash_index(columns, slashes, rows, keys, block_q=block)
+            assert ops.flash_prefill(q, k, v, **lists.arguments())[1].isfinite().all()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """``scaled_dot_product_attention``: torch's output, and extras that follow from the whole matrix."""
 
+import re
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def test_an_arbitrary_mask_gives_what_the_operators_give() -> None:
     ours = attention.attend(q, k, v, is_causal=True, key_mask=real, **options)
     mask = causal(12, 12) & real[:, None, None]
     rows = attention.attend(q, k, v, mask, query_mask=real, **options)
-    for one, other in zip(ours, rows, strict=True):
+    for one, other in zip(ours[:3], rows[:3], strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
@@ -264,14 +265,80 @@ def test_errors(options: dict[str, Any], message: str) -> None:
         tokencomp.scaled_dot_product_attention(q, k, v, **{"enable_gqa": True, **options})
 
 
-def test_compiles_without_breaks() -> None:
+@pytest.mark.parametrize("rows", [6, 40])
+def test_compiles_without_breaks(rows: int) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attention.attend(
             q, k, v, is_causal=True, enable_gqa=True, return_lse=True, return_columns=True
         )
 
-    inputs = qkv(6, 6)
+    inputs = qkv(rows, rows)
     torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, backend="eager")(*inputs)
-    for one, other in zip(compiled, run(*inputs), strict=True):
+    plain = run(*inputs)
+    assert compiled.kernel == plain.kernel == ("tokencomp" if rows > 6 else "torch")
+    for one, other in zip(compiled[:3], plain[:3], strict=True):
         assert torch.equal(one, other)
+
+
+# --- which kernel -----------------------------------------------------------------------------------------
+
+RULES: list[dict[str, Any]] = [
+    {"is_causal": True},
+    {},
+    {"is_causal": True, "window": 7},
+    {"is_causal": True, "softcap": 2.0, "scale": 0.5},
+    {"is_causal": True, "sinks": torch.tensor([0.0, 1, -1, 3])},
+    {"is_causal": True, "key_mask": torch.arange(50).expand(2, 50) >= torch.tensor([[0], [20]])},
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(rule) or "all")
+@pytest.mark.parametrize("heads", ["none", "kv_sum"])
+def test_both_kernels_give_the_same(rule: dict[str, Any], heads: Any) -> None:
+    q, k, v = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 8)
+    options = {"enable_gqa": True, "return_lse": True, "return_columns": True, "heads": heads, **rule}
+    ours = attention.attend(q, k, v, kernel="tokencomp", **options)
+    torchs = attention.attend(q, k, v, kernel="torch", **options)
+    assert (ours.kernel, torchs.kernel) == ("tokencomp", "torch")
+    if "key_mask" in rule:  # rows before the first key: torch's output there depends on its kernel
+        seen = torchs.lse.isfinite()[..., None]  # type: ignore[union-attr]
+        ours, torchs = (r._replace(output=torch.where(seen, r.output, 0)) for r in (ours, torchs))
+    for one, other in zip(ours[:3], torchs[:3], strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+def test_the_default_kernel_follows_its_rule() -> None:
+    q, short = torch.randn(1, 2, 32, 8), torch.randn(1, 2, 31, 8)
+    mask = torch.ones(32, 32, dtype=torch.bool)
+    assert attention.attend(q, q, q).kernel == "tokencomp"
+    assert attention.attend(short, q, q).kernel == "torch"
+    assert attention.attend(short, q, q, kernel="tokencomp").kernel == "tokencomp"
+    assert attention.attend(q, q, q, mask).kernel == "torch"
+    assert attention.attend(q, q, q, dropout_p=0.5).kernel == "torch"
+    assert attention.attend(q.double(), q.double(), q.double()).kernel == "torch"
+    wanting = q.clone().requires_grad_()
+    assert attention.attend(wanting, q, q).kernel == "torch"
+    with torch.no_grad():
+        assert attention.attend(wanting, q, q).kernel == "tokencomp"
+    across = q.mT.contiguous().mT
+    assert attention.attend(across, q, q).kernel == "torch"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attn_mask": torch.ones(32, 32)}, "kernel 'tokencomp' takes no attn_mask; use kernel='torch'"),
+        ({"dropout_p": 0.1}, "kernel 'tokencomp' takes no dropout"),
+        ({"q": torch.randn(1, 2, 32, 8, requires_grad=True)}, "kernel 'tokencomp' takes no gradients"),
+        ({"q": torch.randn(1, 2, 32, 8).double()}, "kernel 'tokencomp' takes no dtypes torch.float64"),
+        ({"v": torch.randn(1, 2, 32, 300)}, "kernel 'tokencomp' takes no head dimensions 8, 300"),
+        ({"kernel": "flash"}, "kernel must be one of auto, tokencomp, torch, got 'flash'"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_what_the_kernel_does_not_take_is_an_error(change: dict[str, Any], message: str) -> None:
+    q = torch.randn(1, 2, 32, 8)
+    arguments: dict[str, Any] = {"q": q, "k": q, "v": q, "kernel": "tokencomp"} | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokencomp.scaled_dot_product_attention(**arguments)

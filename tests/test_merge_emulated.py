@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases_merge import EnergyCase, MatchCase
-from cases_merge_map import MODES, MapCase, MergeCase
+from cases_merge import Call, EnergyCase, MatchCase
+from cases_merge_map import MODES, MapCase, MergeCase, StepCase
 from emulator import SCHEDULES, settings
 from merge_yardstick import assert_energies, assert_matches, assert_merged, run_reference
 
@@ -20,6 +20,8 @@ MATCHES = [
     MatchCase(B=3, Na=37, Nb=50, C=64, dtype="bfloat16", layout="halves"),  # one split, chunks of 16 bytes
     MatchCase(B=2, Na=66, Nb=65, C=24, dtype="float16", Ka=31, Kb=80, weighted=True, masked=True, bad=(2, 7)),
     MatchCase(B=1, Na=65, Nb=70, C=19, C2=8, alpha=0.3, band=9, protect=(2, 3)),
+    MatchCase(B=1, Na=70, Nb=70, C=12, itself=False),
+    MatchCase(B=1, Na=70, Nb=70, C=12, itself=False, top=5, Ka=33, Kb=66),
     MatchCase(B=2, Na=20, Nb=90, C=16, top=7, dtype="bfloat16"),
     MatchCase(B=1, Na=67, Nb=40, C=9, top=32, band=12, zero=(3,), min_similarity=0.1),
 ]
@@ -40,6 +42,7 @@ MERGES = [
     MergeCase(1, 300, 8, 2, dtype="float16"),  # long groups
     MergeCase(1, 64, 1, 13000),  # more counters than shared memory holds
 ]
+STEPS = [StepCase(2, 70, 24, 16, 20, prefix=2), StepCase(1, 41, 9, 8, 7, lists=(9, 9, 20), dtype="bfloat16")]
 
 
 @pytest.fixture(params=["emu", "emu_race"])
@@ -78,6 +81,14 @@ def test_map(kernels: Any, case: MapCase) -> None:
 def test_merge(kernels: Any, case: MergeCase) -> None:
     call = case.inputs()
     assert_merged(call, *kernels.merge_tokens(*call.arguments, **call.options))
+
+
+@pytest.mark.parametrize("case", STEPS, **by_name)
+def test_step(kernels: Any, case: StepCase) -> None:
+    call = case.inputs()
+    y, size, token_map = kernels.bipartite_merge(*call.arguments, **call.options)
+    options = {key: call.options[key] for key in ("mode", "size", "weight")}
+    assert_merged(Call((call.arguments[0], token_map, y.shape[1]), options), y, size)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: "-".join(schedule.values()))

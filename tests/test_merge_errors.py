@@ -95,6 +95,19 @@ MERGE: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     ((X, MAP, 1), {"size": torch.ones(2, 6, 1)}, "size must have shape [2, 6], got [2, 6, 1]"),
     ((X, MAP, 1), {"weight": torch.ones(6)}, "weight must have shape [2, 6], got [6]"),
 ]
+STEP: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+    ((X[0], X, 1), {}, "x must have shape [B, N, C], got [6, 4]"),
+    ((X, X[:, :5], 1), {}, "metric must have shape [B=2, N=6, D], got [2, 5, 4]"),
+    ((X, X.double(), 1), {}, "metric must be float32, float16 or bfloat16, got Double"),
+    ((X, X, -1), {}, "r must not be negative, got -1"),
+    ((X, X, 1), {"prefix": -1}, "prefix must not be negative, got -1"),
+    ((X, X, 1), {"order": "random"}, "order must be one of"),
+    ((X, X, 1), {"mode": "max"}, "mode must be one of"),
+    ((X, X, 1), {"size": torch.ones(6)}, "size must have shape [2, 6], got [6]"),
+    ((X, X, 1), {"b_tokens": list_of(0, 2)}, "a_tokens and b_tokens must be given together"),
+    ((X, X, 1), {"rest_tokens": list_of(0, 2)}, "rest_tokens must come with a_tokens and b_tokens"),
+    ((X, X, 1), {"a_tokens": list_of(0)[0], "b_tokens": list_of(1)}, "a_tokens must have shape [B=2, R]"),
+]
 REFUSED = [
     (name, *case)
     for name, cases in (
@@ -102,6 +115,7 @@ REFUSED = [
         ("energy_score", ENERGY),
         ("bipartite_map", MAPS),
         ("merge_tokens", MERGE),
+        ("bipartite_merge", STEP),
     )
     for case in cases
 ]
@@ -148,6 +162,18 @@ VALUES = [
         LISTS | {"rest_tokens": list_of(2)},
         "must not repeat a token, got 2 twice",
     ),
+    (
+        "bipartite_merge",
+        (X, X, 1),
+        {"a_tokens": list_of(0, 6), "b_tokens": list_of(1, 3)},
+        "a_tokens must be in [0, tokens=6), got 6",
+    ),
+    (
+        "bipartite_merge",
+        (X, X, 1),
+        {"a_tokens": list_of(0, 2), "b_tokens": list_of(1, 2)},
+        "must not repeat a token, got 2 twice in item 0",
+    ),
     ("merge_tokens", (X, MAP + 3, 3), {}, "token_map must be in [-1, out_tokens=3), got 3 at [0, 0]"),
     ("merge_tokens", (X, MAP - 2, 3), {}, "token_map must be in [-1, out_tokens=3), got -2 at [0, 0]"),
 ]
@@ -186,6 +212,8 @@ def test_kernels_survive_bad_values(cpu_backend: Backend, seed: int) -> None:
     lists = {"a_tokens": wild(2, 3), "b_tokens": wild(2, 2), "rest_tokens": wild(2, 1)}
     got = cpu_backend.run_kernel("bipartite_map", VALUE, wild(2, 3), 2, 6, **lists)
     assert bool(((got >= -4) & (got < 6)).all())
+    y, size, _ = cpu_backend.run_kernel("bipartite_merge", X, X, 2, **lists)
+    assert bool(y.isfinite().all())
     y, size = cpu_backend.run_kernel("merge_tokens", X, wild(2, 6), 4)
     assert bool(y.isfinite().all())
     assert bool(size.isfinite().all())

@@ -318,6 +318,24 @@ def test_algm_pairs_above_mean_and_deviation(backend: Backend) -> None:
         assert ALGM(global_layer=1).plan_global(metric, prefix=0).out_tokens == 5  # .9973
 
 
+def test_algm_with_counts_merges_the_best_and_compiles() -> None:
+    """One window of the two above, and one pair, although two reach the limits; counts are capped."""
+    degrees = [0, 10, 0, 90, 0, 10, 0, 90, 0, 52, 77, 77, 0, 52, 77, 77]
+    x = torch.cat([plane(200), plane(*degrees)], dim=1)
+    plan = ALGM(counts=(1, 1)).plan_local(x, (4, 4))
+    assert plan.token_map.tolist() == [[0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1, 1, 12, 13, 1, 1]]
+    assert ALGM(counts=(99, 0)).plan_local(x, (4, 4)).out_tokens == 5
+    assert ALGM(counts=(0, 1)).plan_global(six()[0], prefix=0).out_tokens == 5
+    step = torch.compile(
+        lambda t: ALGM(counts=(2, 1)).plan_local(t, (4, 4)).token_map, fullgraph=True, backend="eager"
+    )
+    assert torch.equal(step(x), ALGM().plan_local(x, (4, 4)).token_map)
+    with pytest.raises(ValueError, match="ALGM: counts must be None where there is padding"):
+        ALGM(counts=(1, 1)).plan_local(x, (4, 4), mask=torch.ones(1, 17, dtype=torch.bool))
+    with pytest.raises(ValueError, match="ALGM: counts must be two numbers >= 0, got"):
+        ALGM(counts=(1, -1))
+
+
 def test_tomesd_grid(backend: Backend) -> None:
     """4 x 4: targets are the corners of 2 x 2 cells; what is left over at the edge stays a source."""
     method = ToMeSD()

@@ -21,6 +21,7 @@ from tokencomp.methods import (
     ToFu,
     ToMe,
     attention,
+    matching,
 )
 from tokencomp.methods.pitome import Flavour
 from torch import Tensor
@@ -123,9 +124,9 @@ def test_tokens_of_a_convolution(name: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["tome", "pitome plain", "diffrate", "mctf"])
+@pytest.mark.parametrize("name", ["tome", "pitome plain", "diffrate", "mctf", "algm global counts"])
 def test_compiles_without_graph_breaks(name: str, masked: bool) -> None:
-    """ALGM alone learns the number of tokens from the data."""
+    """ALGM without counts alone learns the number of tokens from the data."""
     view = random_view(1, masked=masked)
 
     def step(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,6 +137,26 @@ def test_compiles_without_graph_breaks(name: str, masked: bool) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(view.x, view.k), step(view.x, view.k), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("tome", "pitome", "tofu"))])
+def test_one_operator_does_what_the_plan_says(name: str) -> None:
+    """``reduce`` matches, maps and merges in one call; ``plan`` shows what is merged."""
+    method = LAYER_CASES[name]
+    view = replace(random_view(1), size=torch.rand(3, random_view(1).tokens) + 0.5)
+    metric = view.features(getattr(method, "metric", "keys"))
+    plan = method.plan(metric, prefix=view.prefix, layer=view.layer, layers=view.layers)
+    out = method.reduce(view)
+    assert torch.equal(out.token_map, plan.token_map)
+    if isinstance(method, ToFu):
+        assert torch.equal(out.x, method.apply(view.x, plan, layer=view.layer, layers=view.layers))
+    elif getattr(method, "weighted", True):
+        y, size = matching.merge(view.x, plan, size=view.size)
+        assert torch.equal(out.x, y)
+        assert torch.equal(out.size, size)
+    else:
+        assert torch.equal(out.x, plan.merge(view.x))
+        assert out.size is None
 
 
 @pytest.mark.filterwarnings("error")

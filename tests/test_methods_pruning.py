@@ -231,7 +231,7 @@ def test_stride_is_even_and_random_is_uniform() -> None:
         (lambda: ZeroTPrune(damping=-1), r"ZeroTPrune: damping must be in \[0, 1\], got -1"),
         (lambda: VidTLDR(r=(3, 1.5)), r"VidTLDR: r must be a count >= 0 or a share in \[0, 1\), got 1.5"),
         (lambda: GTP(drop=(1, -1)), r"GTP: drop must not be negative, got \(1, -1\)"),
-        (lambda: GTP(neighbours=32), r"GTP: neighbours must be in \[1, 31\], got 32"),
+        (lambda: GTP(neighbours=33), r"GTP: neighbours must be in \[1, 32\], got 33"),
         (lambda: GTP(theta=0.0), r"GTP: theta must be in \(0, 1\], got 0.0"),
         (lambda: GTP(score="best"), "GTP: score must be one of .*, got 'best'"),
         (lambda: GTP(graph="none"), "GTP: graph must be one of .*, got 'none'"),

@@ -179,7 +179,7 @@ def test_plus_adds_the_published_grid(count: int) -> None:
     assert picks[count:] == grid
 
 
-@pytest.mark.parametrize("neighbours", [0, 3, 32, 80])
+@pytest.mark.parametrize("neighbours", [0, 1, 3, 32])
 @pytest.mark.parametrize("plus", [False, True])
 def test_merge_by_its_definition(neighbours: int, plus: bool) -> None:
     x, key, score = torch.randn(3, 60, 7), torch.randn(3, 60, 5), torch.rand(3, 60) ** 6
@@ -331,7 +331,7 @@ def test_mtr_drops_padding_first() -> None:
         (lambda: LexRank(kernel="rbf"), "LexRank: kernel must be one of"),
         (lambda: LexRank(damping=2), r"LexRank: damping must be in \[0, 1\], got 2"),
         (lambda: LexRank(iterations=-1), "LexRank: iterations must not be negative, got -1"),
-        (lambda: PruMerge(neighbours=-1), "PruMerge: neighbours must not be negative, got -1"),
+        (lambda: PruMerge(neighbours=-1), r"PruMerge: neighbours must be in \[0, 32\], got -1"),
         (lambda: ToPViM(keep=0.0), "ToPViM: keep must be a ratio"),
     ],
 )

@@ -6,15 +6,22 @@ import pytest
 import torch
 from backends import Backend
 from cases import KCENTER_CASES, KCENTER_EXACT, Inputs
+from cases_decode import DECODE_CASES, STATES_CASES
+from cases_kvcache import KV_CASES, KVCase
+from cases_kvquant import opcheck_cases
 from cases_merge import ENERGY_CASES, MATCH_CASES, MATCH_EXACT
-from cases_merge_map import MAP_CASES, MERGE_CASES, MergeCase
+from cases_merge_map import MAP_CASES, MERGE_CASES, STEP_CASES, MergeCase, StepCase
+from cases_prefill import PREFILL_CASES, PrefillCase
+from cases_prefill import operator_arguments as prefill_arguments
 from cases_score import SCORE_CASES, ScoreCase, operator_arguments
+from cases_score_pages import PAGES_CASES
 from cases_topk import TOPK_CASES, TOPK_OPS
 from tokencomp import ops, token_map
 from tokencomp.ops import _namespace
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 SCORE_OPS = ("attention_lse", "column_score", "decay_score_", "diagonal_score", "head_vote", "qk_scores")
+KV_OPS = ("evict_assign", "evict_merge_", "kv_append_", "kv_compact_", "kv_gather", "rope_shift_")
 SMALL_SCORES = [c for c in SCORE_CASES if c.work <= 400_000 and not c.bad]
 
 # Operator -> cases small enough for opcheck, which runs each several times.
@@ -25,7 +32,14 @@ CASES: dict[str, list[Any]] = {
     "energy_score": [c for c in ENERGY_CASES if c.work <= 900_000][::9],
     "bipartite_map": [c for c in MAP_CASES if c.N <= 61][::16],
     "merge_tokens": [c for c in MERGE_CASES if c.work <= 40_000][::9],
+    "paged_decode": [c for c in DECODE_CASES if c.work <= 200_000 and not c.bad][::5],
+    "merge_states": STATES_CASES[::4],
+    **opcheck_cases(),
+    "bipartite_merge": [c for c in STEP_CASES if c.work <= 700_000][::9],
+    "flash_prefill": [c for c in PREFILL_CASES if c.work <= 800_000 and not c.base.bad][::5],
     **{name: SMALL_SCORES[i::7] for i, name in enumerate(SCORE_OPS)},
+    "qk_scores": SMALL_SCORES[5::7] + PAGES_CASES[::4],
+    **{name: [c for c in KV_CASES if c.work <= 60_000 and c.D > 1][i::9] for i, name in enumerate(KV_OPS)},
 }
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -34,6 +48,10 @@ def arguments_of(name: str, case: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
     """What the operator below the wrapper is called with; each family's cases draw it in their own way."""
     if isinstance(case, ScoreCase):
         return operator_arguments(name, case)
+    if isinstance(case, KVCase):
+        return case.arguments(name)
+    if isinstance(case, PrefillCase):
+        return prefill_arguments(case)
     if hasattr(case, "arguments"):
         positional, options = case.arguments()
         return tuple(positional), options
@@ -59,11 +77,15 @@ def test_opcheck(cpu_backend: Backend, name: str, case: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["mean", "sum", "drop"])
 def test_opcheck_with_gradient(cpu_backend: Backend, mode: str) -> None:
-    arguments, options = arguments_of("merge_tokens", MergeCase(2, 9, 5, 4, mode=mode, sized=True))
-    arguments[0].requires_grad_()
-    op = getattr(torch.ops, cpu_backend.namespace).merge_tokens
-    results = torch.library.opcheck(op, arguments, options, test_utils=CHECKS)
-    assert set(results.values()) == {"SUCCESS"}
+    for name, case in (
+        ("merge_tokens", MergeCase(2, 9, 5, 4, mode=mode, sized=True)),
+        ("bipartite_merge", StepCase(2, 9, 5, 4, 3, mode=mode)),
+    ):
+        arguments, options = arguments_of(name, case)
+        arguments[0].requires_grad_()
+        op = getattr(getattr(torch.ops, cpu_backend.namespace), name)
+        results = torch.library.opcheck(op, arguments, options, test_utils=CHECKS)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.cuda
@@ -145,6 +167,36 @@ def test_selections_compile_without_graph_breaks(backend: Backend) -> None:
         score, lengths = torch.rand(2, slots).to(backend.device), torch.tensor([slots, 4]).to(backend.device)
         with backend.active():
             want, got = keep_best(score, k, lengths), compiled(score, k, lengths)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def attend(q: torch.Tensor, pages: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> Any:
+    out, lse, logits = ops.paged_decode(q * 2, pages, pages, table, lengths, window=5, logits_out=True)
+    return *ops.merge_states(torch.stack([out, out]), torch.stack([lse, lse])), logits + 1
+
+
+def test_decode_compiles_without_graph_breaks(backend: Backend) -> None:
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for places, used in ((2, 20), (3, 41)):
+        q, pages = torch.randn(2, 4, 1, 8), torch.randn(9, 1, 16, 8)
+        table = torch.arange(2 * places).view(2, 1, places).int()
+        call = [t.to(backend.device) for t in (q, pages, table, torch.full((2, 1), used))]
+        with backend.active():
+            want, got = attend(*call), compiled(*call)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = ops.flash_prefill(q * 2, k, v, window=5)
+    return out + 1, lse.exp()
+
+
+def test_prefill_compiles_without_graph_breaks(backend: Backend) -> None:
+    compiled = torch.compile(prefill, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (7, 20):
+        q, k = (torch.randn(2, h, rows, 8).to(backend.device) for h in (4, 2))
+        with backend.active():
+            want, got = prefill(q, k, k), compiled(q, k, k)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

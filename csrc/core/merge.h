@@ -17,6 +17,7 @@
 namespace tokencomp::merge {
 
 constexpr int kMaxTop = 32;
+constexpr int kAnyDistance = 1 << 30;
 
 enum class Energy { elu, paper, gauss };
 enum class Order { tome, index, similarity, position };
@@ -48,11 +49,13 @@ struct MatchArgs {
   float* value = nullptr;  // [B, a.R, top]
   int* index = nullptr;    // [B, a.R, top]
   int B = 0, C = 0, C2 = 0;
-  int band = -1, top = 1;
+  int nearest = 0, farthest = kAnyDistance;  // how far apart the tokens of a pair may be
+  int top = 1;
   float alpha = 1, min_similarity = -INFINITY;
   DType dtype = DType::f32;
   int device = -1;
 
+  TC_HD bool limited() const { return nearest > 0 || farthest < kAnyDistance; }
   TC_HD int index_or_none(float similarity, int column) const {
     return similarity > -INFINITY && similarity >= min_similarity ? column : -1;
   }

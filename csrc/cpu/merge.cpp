@@ -6,9 +6,9 @@
 
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "cpu/floats.h"
 #include "cpu/isa.h"
 #include "cpu/merge_kernels.h"
 #include "cpu/merge_map.h"
@@ -41,26 +41,31 @@ constexpr int64_t kTaskProducts = 1 << 21;
 constexpr int64_t kTaskBytes = 1 << 19;
 constexpr int64_t kTaskTokens = 1 << 15;
 
-// Floats that start on a cache line, so that no vector straddles two.
-class Floats {
+// Working memory of a match or an energy for each thread: the packed columns of an item, and a block of rows.
+class ItemMemory {
  public:
-  explicit Floats(int64_t count)
-      : memory_(static_cast<float*>(::operator new(size_t(count > 0 ? count : 1) * sizeof(float), kLine))) {}
-  float* get() const { return memory_.get(); }
+  ItemMemory(int slots, int64_t padded, int channels)
+      : padded_(padded),
+        channels_(channels),
+        slot_(padded * (channels + 2) + int64_t(kRowBlock) * channels + kLine),
+        memory_(slots * slot_) {}
+  Columns columns(int64_t slot) const {
+    float* data = memory_.get() + slot * slot_;
+    return {data, data + padded_ * channels_, data + padded_ * (channels_ + 1)};
+  }
+  float* rows(int64_t slot) const { return columns(slot).position + padded_; }
 
  private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, kLine); }
-  };
-  std::unique_ptr<float[], Free> memory_;
+  static constexpr int kLine = 16;  // floats between the threads' memories, so that no line is shared
+  int64_t padded_, channels_, slot_;
+  Floats memory_;
 };
 
-struct ColumnMemory {
-  Floats data, factor, position;
-  ColumnMemory(int64_t padded, int channels) : data(padded * channels), factor(padded), position(padded) {}
-  Columns get() const { return {data.get(), factor.get(), position.get()}; }
-};
+// How many threads are worth waking for `work`, of which `task` is worth one.
+int slots_for(int64_t work, int64_t task) {
+  const int64_t worth = work / task + 1, threads = thread_count();
+  return int(worth < threads ? worth : threads);
+}
 
 // For every item: pack(b, begin, end, columns), then fold(b, begin, end, columns, rows) over blocks of rows. Items go
 // to threads where there are enough of them, else the blocks of one item after the other do.
@@ -69,39 +74,29 @@ void for_each_item(int B, int rows, int columns, int channels, Pack&& pack, Fold
   const int64_t padded = padded_columns(columns), scratch = int64_t(kRowBlock) * channels;
   const int64_t products = int64_t(rows) * columns * channels + 1;
   if (B >= thread_count()) {
-    parallel_for(B, kTaskProducts / products + 1, [&](int64_t begin, int64_t end) {
-      const ColumnMemory memory(padded, channels);
-      const Floats row_memory(scratch);
-      for (int b = int(begin); b < end; ++b) {
-        pack(b, 0, int(padded), memory.get());
-        fold(b, 0, rows, memory.get(), row_memory.get());
-      }
+    const int slots = slots_for(products * B, kTaskProducts);
+    const ItemMemory memory(slots, padded, channels);
+    for_each_task(B, slots, [&](int64_t b, int64_t slot) {
+      pack(int(b), 0, int(padded), memory.columns(slot));
+      fold(int(b), 0, rows, memory.columns(slot), memory.rows(slot));
     });
     return;
   }
-  const ColumnMemory memory(padded, channels);
+  const ItemMemory memory(1, padded, channels);
   const int64_t pads = padded / kColumnPad, blocks = (rows + kRowBlock - 1) / kRowBlock;
   for (int b = 0; b < B; ++b) {
     parallel_for(pads, kTaskBytes / (kColumnPad * channels) + 1, [&](int64_t begin, int64_t end) {
-      pack(b, int(begin) * kColumnPad, int(end) * kColumnPad, memory.get());
+      pack(b, int(begin) * kColumnPad, int(end) * kColumnPad, memory.columns(0));
     });
     parallel_for(blocks, kTaskProducts * blocks / products + 1, [&](int64_t begin, int64_t end) {
       const Floats row_memory(scratch);
       const int last = int(end) * kRowBlock;
-      fold(b, int(begin) * kRowBlock, last < rows ? last : rows, memory.get(), row_memory.get());
+      fold(b, int(begin) * kRowBlock, last < rows ? last : rows, memory.columns(0), row_memory.get());
     });
   }
 }
 
-std::tuple<Tensor, Tensor> cosine_match(const Tensor& a, const Tensor& b, std::optional<Tensor> a_index,
-                                        std::optional<Tensor> b_index, std::optional<Tensor> a2,
-                                        std::optional<Tensor> b2, double alpha, std::optional<Tensor> a_weight,
-                                        std::optional<Tensor> b_weight, int64_t band, int64_t protect_a,
-                                        int64_t protect_b, std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
-                                        std::optional<double> min_similarity, int64_t top) {
-  MatchArgs m = make_match_args(a, b, a_index, b_index, a2, b2, alpha, a_weight, b_weight, band, protect_a, protect_b,
-                                mask_a, mask_b, min_similarity, top);
-  MatchOutputs out = make_match_outputs(m, a);
+void match_all(const MatchArgs& m) {
   PackKernel* pack = select_isa(kPackMatch);
   MatchKernel* rows = select_isa(kMatchRows);
   for_each_item(
@@ -110,6 +105,18 @@ std::tuple<Tensor, Tensor> cosine_match(const Tensor& a, const Tensor& b, std::o
       [&](int item, int begin, int end, const Columns& columns, float* scratch) {
         rows(m, item, begin, end, columns, scratch);
       });
+}
+
+std::tuple<Tensor, Tensor> cosine_match(const Tensor& a, const Tensor& b, std::optional<Tensor> a_index,
+                                        std::optional<Tensor> b_index, std::optional<Tensor> a2,
+                                        std::optional<Tensor> b2, double alpha, std::optional<Tensor> a_weight,
+                                        std::optional<Tensor> b_weight, int64_t band, int64_t protect_a,
+                                        int64_t protect_b, std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
+                                        std::optional<double> min_similarity, int64_t top, bool exclude_self) {
+  MatchArgs m = make_match_args(a, b, a_index, b_index, a2, b2, alpha, a_weight, b_weight, band, protect_a, protect_b,
+                                mask_a, mask_b, min_similarity, top, exclude_self);
+  MatchOutputs out = make_match_outputs(m, a);
+  match_all(m);
   return {out.value, out.index};
 }
 
@@ -130,14 +137,18 @@ Tensor energy_score(const Tensor& x, double margin, double alpha, std::string ki
   return out;
 }
 
+void map_all(const MapArgs& m) {
+  parallel_for(m.B, kTaskTokens / (m.N + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int b = int(begin); b < end; ++b) map_item(m, b);
+  });
+}
+
 Tensor bipartite_map(const Tensor& value, const Tensor& index, int64_t r, int64_t tokens, int64_t prefix, bool distill,
                      std::string order, std::optional<Tensor> a_tokens, std::optional<Tensor> b_tokens,
                      std::optional<Tensor> rest_tokens) {
   MapArgs m = make_map_args(value, index, r, tokens, prefix, distill, order, a_tokens, b_tokens, rest_tokens);
   Tensor out = make_map_output(m, value);
-  parallel_for(m.B, kTaskTokens / (m.N + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int b = int(begin); b < end; ++b) map_item(m, b);
-  });
+  map_all(m);
   return out;
 }
 
@@ -170,33 +181,113 @@ void clear_empty_rows(const MergeArgs& m, int b, const int* first, int64_t row_b
   }
 }
 
-std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& token_map, int64_t out_tokens,
-                                        std::optional<Tensor> size, std::optional<Tensor> weight, std::string mode) {
-  MergeArgs m = make_merge_args(x, token_map, out_tokens, size, weight, mode);
-  MergeOutputs out = make_merge_outputs(m, x);
-  MergeKernel* merge = select_isa(kMergeRows);
-  const int64_t per_item = m.M + 1 + m.N, row_bytes = int64_t(m.C) * (m.dtype == DType::f32 ? 4 : 2);
-  const std::unique_ptr<int[]> memory(new int[size_t(per_item * m.B)]);
-  const auto groups = [&](int64_t b) {
-    return Groups{memory.get() + b * per_item, memory.get() + b * per_item + m.M + 1};
-  };
-  parallel_for(m.B, kTaskTokens / per_item + 1, [&](int64_t begin, int64_t end) {
-    for (int b = int(begin); b < end; ++b) {
-      int* first = memory.get() + b * per_item;
-      group_tokens(m, b, first, first + m.M + 1);
-      clear_empty_rows(m, b, first, row_bytes);
-    }
+int64_t row_bytes(const MergeArgs& m) { return int64_t(m.C) * (m.dtype == DType::f32 ? 4 : 2); }
+
+// The groups of every item, in working memory of one piece an item or a thread.
+class GroupMemory {
+ public:
+  GroupMemory(const MergeArgs& m, int64_t pieces) : M_(m.M), piece_(m.M + 1 + m.N), memory_(new int[pieces * piece_]) {}
+  Groups get(int64_t piece) const { return {first(piece), first(piece) + M_ + 1}; }
+  void fill(const MergeArgs& m, int b, int64_t piece) const {
+    group_tokens(m, b, first(piece), first(piece) + M_ + 1);
+    clear_empty_rows(m, b, first(piece), row_bytes(m));
+  }
+
+ private:
+  int* first(int64_t piece) const { return memory_.get() + piece * piece_; }
+  int64_t M_, piece_;
+  std::unique_ptr<int[]> memory_;
+};
+
+// Items go to threads where there are enough of them: one of them groups its tokens and merges them at once.
+void merge_items(const MergeArgs& m, MergeKernel* merge) {
+  const int slots = slots_for(int64_t(m.B) * m.N * row_bytes(m), kTaskBytes);
+  const int64_t mean = m.mode == Mode::mlerp ? m.C : 0;
+  const GroupMemory groups(m, slots);
+  const Floats row(slots * mean);
+  for_each_task(m.B, slots, [&](int64_t b, int64_t slot) {
+    groups.fill(m, int(b), slot);
+    merge(m, int(b), 0, m.N, groups.get(slot), row.get() + slot * mean);
   });
-  parallel_for(int64_t(m.B) * m.N, kTaskBytes / row_bytes + 1, [&](int64_t begin, int64_t end) {
+}
+
+// Else all rows of all items are shared among them.
+void merge_shared(const MergeArgs& m, MergeKernel* merge) {
+  const GroupMemory groups(m, m.B);
+  for (int b = 0; b < m.B; ++b) groups.fill(m, b, b);
+  parallel_for(int64_t(m.B) * m.N, kTaskBytes / row_bytes(m) + 1, [&](int64_t begin, int64_t end) {
     const Floats row(m.mode == Mode::mlerp ? m.C : 0);
     for (int64_t at = begin; at < end;) {
       const int b = int(at / m.N), from = int(at % m.N);
       const int to = int(end - at < m.N - from ? from + (end - at) : m.N);
-      merge(m, b, from, to, groups(b), row.get());
+      merge(m, b, from, to, groups.get(b), row.get());
       at += to - from;
     }
   });
+}
+
+void merge_all(const MergeArgs& m) {
+  MergeKernel* merge = select_isa(kMergeRows);
+  if (m.B >= thread_count()) {
+    merge_items(m, merge);
+  } else {
+    merge_shared(m, merge);
+  }
+}
+
+std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& token_map, int64_t out_tokens,
+                                        std::optional<Tensor> size, std::optional<Tensor> weight, std::string mode) {
+  MergeArgs m = make_merge_args(x, token_map, out_tokens, size, weight, mode);
+  MergeOutputs out = make_merge_outputs(m, x);
+  merge_all(m);
   return {out.y, out.size};
+}
+
+// Match, map and merge of one item after the other: threads wake once, and while one of them multiplies the other
+// copies.
+void step_items(const BipartiteArgs& all) {
+  const MatchArgs& match = all.match;
+  const MergeArgs& m = all.merge;
+  PackKernel* pack = select_isa(kPackMatch);
+  MatchKernel* fold = select_isa(kMatchRows);
+  MergeKernel* merge = select_isa(kMergeRows);
+  const int64_t padded = padded_columns(match.b.R), mean = m.mode == Mode::mlerp ? m.C : 0;
+  const int64_t products = int64_t(match.a.R) * match.b.R * match.C;
+  const int64_t copied = int64_t(m.N) * row_bytes(m) * (kTaskProducts / kTaskBytes);
+  const int slots = slots_for(m.B * (products + copied), kTaskProducts);
+  const ItemMemory memory(slots, padded, match.C);
+  const GroupMemory groups(m, slots);
+  const Floats row(slots * mean);
+  for_each_task(m.B, slots, [&](int64_t item, int64_t slot) {
+    const int b = int(item);
+    pack(match, b, 0, int(padded), memory.columns(slot));
+    fold(match, b, 0, match.a.R, memory.columns(slot), memory.rows(slot));
+    map_item(all.map, b);
+    groups.fill(m, b, slot);
+    merge(m, b, 0, m.N, groups.get(slot), row.get() + slot * mean);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> bipartite_merge(const Tensor& x, const Tensor& metric, int64_t r,
+                                                   std::optional<Tensor> size, std::optional<Tensor> weight,
+                                                   int64_t prefix, std::string order, std::string mode,
+                                                   std::optional<Tensor> a_tokens, std::optional<Tensor> b_tokens,
+                                                   std::optional<Tensor> rest_tokens) {
+  BipartiteArgs all =
+      make_bipartite_args(x, metric, r, size, weight, prefix, order, mode, a_tokens, b_tokens, rest_tokens);
+  BipartiteOutputs out = make_bipartite_outputs(all, x);
+  const int64_t rows = int64_t(all.map.B) * all.map.Ra;
+  const Floats value(rows);
+  const std::unique_ptr<int[]> index(new int[size_t(rows)]);
+  all.through(value.get(), index.get());
+  if (all.map.B >= thread_count()) {
+    step_items(all);
+  } else {
+    match_all(all.match);
+    map_all(all.map);
+    merge_all(all.merge);
+  }
+  return {out.merged.y, out.merged.size, out.map};
 }
 
 }  // namespace
@@ -207,4 +298,5 @@ STABLE_TORCH_LIBRARY_IMPL(tokencomp, CPU, m) {
   m.impl("energy_score", TORCH_BOX(&tokencomp::cpu::energy_score));
   m.impl("bipartite_map", TORCH_BOX(&tokencomp::cpu::bipartite_map));
   m.impl("merge_tokens", TORCH_BOX(&tokencomp::cpu::merge_tokens));
+  m.impl("bipartite_merge", TORCH_BOX(&tokencomp::cpu::bipartite_merge));
 }

@@ -14,7 +14,7 @@ constexpr int64_t padded_columns(int64_t n) { return (n + kColumnPad - 1) / kCol
 struct Columns {
   float* data;
   float* factor;    // [padded] what a product is multiplied by, NaN where the column takes no part
-  float* position;  // [padded] token numbers, where there is a band
+  float* position;  // [padded] token numbers, where distances are limited
 };
 
 // Packs columns [begin, end), whole multiples of kColumnPad; what is past the last column takes no part.

@@ -44,12 +44,15 @@ TC_INLINE GramRow<T> row_of(const Side& s, int b, int i, int C, int C2, float sh
 template <class T, class E>
 TC_INLINE void pack_panels(const Side& s, int b, int C, int C2, int begin, int end, const Columns& columns) {
   const int64_t steps = steps_of<E>(C + C2);
-  for (int j = begin; j < end; ++j) {
+  for (int j = begin; j < end; j += kWidth) {
     E* panel = reinterpret_cast<E*>(columns.data) + j / kPanel * (steps * kGramStep<E> * kPanel);
-    GramRow<T> column = row_of<T>(s, b, j, C, C2, 1);
-    column.share2 = 1;
-    const float factor = column.template pack<E>(panel + j % kPanel * kGramStep<E>, kPanel);
-    columns.factor[j] = j < s.R ? factor * s.weight_of(b, j) : NAN;
+    GramRow<T> lanes[kWidth];
+    for (int l = 0; l < kWidth; ++l) {
+      lanes[l] = row_of<T>(s, b, j + l, C, C2, 1);
+      lanes[l].share2 = 1;
+    }
+    pack_lanes(lanes, panel + j % kPanel * kGramStep<E>, columns.factor + j);
+    for (int l = 0; s.weight && l < kWidth && j + l < s.R; ++l) columns.factor[j + l] *= s.weight_of(b, j + l);
   }
 }
 
@@ -61,7 +64,7 @@ TC_INLINE void pack_block(const Side& s, int b, int C, int C2, float alpha, int 
   for (int r = 0; r < kGramBlock && r < count + kGramRows; ++r) {
     const int i = r < count ? begin + r : s.R;
     factor[r] =
-        row_of<T>(s, b, i, C, C2, alpha).template pack<E>(rows + r * width, 1) * (r < count ? s.weight_of(b, i) : 1.0f);
+        row_of<T>(s, b, i, C, C2, alpha).template pack<E>(rows + r * width) * (r < count ? s.weight_of(b, i) : 1.0f);
   }
 }
 
@@ -91,14 +94,12 @@ struct Best {
   }
   TC_INLINE_MEMBER void finish(const MatchArgs& a, int b, int begin, int rows) const {
     for (int r = 0; r < rows; ++r) {
-      OrderKey best = kNobody;
-      for (int l = 0; l < kWidth; ++l) {
-        const OrderKey key = order_key(value[r][l], column[r][l] < 0 ? 0x7fffffff : int(column[r][l]));
-        best = key > best ? key : best;
-      }
+      const Vec values = load(value[r]);
+      const float best = maximum(values);
+      const Vec winners = select_ge(values, broadcast(best), load(column[r]), broadcast(INFINITY));
       const int64_t at = int64_t(b) * a.a.R + begin + r;
-      a.value[at] = score_of(best);
-      a.index[at] = a.index_or_none(score_of(best), index_of(best));
+      a.value[at] = best + 0.0f;  // as a key has it: -0 is 0
+      a.index[at] = a.index_or_none(best, int(minimum(winners)));
     }
   }
 };
@@ -147,7 +148,7 @@ struct Range {
   float low, high;
 };
 
-// Token numbers of a block of rows or a panel of columns; where there is a band, far panels are passed over.
+// Token numbers of a block of rows or a panel of columns; where distances are limited, far panels are passed over.
 TC_INLINE Range range_of(const float* position, int count) {
   Range range{INFINITY, -INFINITY};
   for (int i = 0; i < count; ++i) {
@@ -158,34 +159,37 @@ TC_INLINE Range range_of(const float* position, int count) {
 }
 
 TC_INLINE float position_of(const Side& s, int b, int i) {
-  if (i >= s.R) return NAN;  // beside no panel, in no band
+  if (i >= s.R) return NAN;  // at no distance from anything
   return float(s.index ? s.index[int64_t(b) * s.R + i] : i);
 }
 
-template <class E, class Fold, bool kBand>
+template <class E, class Fold, bool kLimited>
 TC_INLINE void match_block(const MatchArgs& a, int b, int begin, int count, const Columns& columns, const E* rows,
                            const float* row_factor) {
   alignas(64) float product[kGramBlock * kPanel], position[kGramBlock];
   const int steps = steps_of<E>(a.C + a.C2);
   const Vec lanes = lane_numbers();
+  const float nearest = float(a.nearest), farthest = float(a.farthest);
   Fold fold;
   fold.start(count, a.top);
-  for (int r = 0; kBand && r < count; ++r) position[r] = position_of(a.a, b, begin + r);
-  const Range near = range_of(position, kBand ? count : 0);
+  for (int r = 0; kLimited && r < count; ++r) position[r] = position_of(a.a, b, begin + r);
+  const Range near = range_of(position, kLimited ? count : 0);
   for (int j = 0; j < a.b.R; j += kPanel) {
-    if (kBand) {
+    if (kLimited) {
       const Range panel = range_of(columns.position + j, kPanel);
-      if (panel.low - near.high > a.band || near.low - panel.high > a.band) continue;
+      if (panel.low - near.high > farthest || near.low - panel.high > farthest) continue;
     }
     const E* panel = reinterpret_cast<const E*>(columns.data) + int64_t(j) * steps * kGramStep<E>;
-    gram_panel(rows, count, panel, steps, product);
-    for (int h = 0; h < kPanel; h += kWidth) {
+    const int wide = a.b.R - j < kPanel ? a.b.R - j : kPanel;
+    gram_panel(rows, count, panel, wide, steps, product);
+    for (int h = 0; h < wide; h += kWidth) {
       const Vec factor = load(columns.factor + j + h), number = add(lanes, broadcast(float(j + h)));
       for (int r = 0; r < count; ++r) {
         Vec similarity = mul(mul(load(product + r * kPanel + h), factor), broadcast(row_factor[r]));
-        if constexpr (kBand) {
+        if constexpr (kLimited) {
           const Vec distance = abs(sub(load(columns.position + j + h), broadcast(position[r])));
-          similarity = select_ge(broadcast(float(a.band)), distance, similarity, broadcast(-INFINITY));
+          similarity = select_ge(broadcast(farthest), distance, similarity, broadcast(-INFINITY));
+          similarity = select_ge(distance, broadcast(nearest), similarity, broadcast(-INFINITY));
         }
         fold.fold(r, similarity, number);
       }
@@ -217,8 +221,9 @@ TC_INLINE void energy_block(const EnergyArgs& e, int b, int begin, int count, in
   for (int r = 0; r < count; ++r) store(total[r], broadcast(0));
   for (int j = 0; j < e.x.R; j += kPanel) {
     const E* panel = reinterpret_cast<const E*>(columns.data) + int64_t(j) * steps * kGramStep<E>;
-    gram_panel(rows, count, panel, steps, product);
-    for (int h = 0; h < kPanel; h += kWidth) {
+    const int wide = e.x.R - j < kPanel ? e.x.R - j : kPanel;
+    gram_panel(rows, count, panel, wide, steps, product);
+    for (int h = 0; h < wide; h += kWidth) {
       const Vec factor = load(columns.factor + j + h);
       for (int r = 0; r < count; ++r) {
         const Vec cosine = mul(mul(load(product + r * kPanel + h), factor), broadcast(row_factor[r]));
@@ -238,7 +243,7 @@ TC_INLINE void energy_block(const EnergyArgs& e, int b, int begin, int count, in
 void pack_match(const MatchArgs& a, int b, int begin, int end, const Columns& columns) {
   dispatch_packed(a.dtype, a.C2,
                   [&]<class T, class E>() { pack_panels<T, E>(a.b, b, a.C, a.C2, begin, end, columns); });
-  for (int j = begin; a.band >= 0 && j < end; ++j) columns.position[j] = position_of(a.b, b, j);
+  for (int j = begin; a.limited() && j < end; ++j) columns.position[j] = position_of(a.b, b, j);
 }
 
 void match_rows(const MatchArgs& a, int b, int begin, int end, const Columns& columns, float* scratch) {
@@ -248,9 +253,9 @@ void match_rows(const MatchArgs& a, int b, int begin, int end, const Columns& co
     for (int i = begin; i < end; i += kGramBlock) {
       const int count = end - i < kGramBlock ? end - i : kGramBlock;
       pack_block<T>(a.a, b, a.C, a.C2, a.alpha, i, count, rows, factor);
-      if (a.band >= 0 && a.top == 1) {
+      if (a.limited() && a.top == 1) {
         match_block<E, Best, true>(a, b, i, count, columns, rows, factor);
-      } else if (a.band >= 0) {
+      } else if (a.limited()) {
         match_block<E, Several, true>(a, b, i, count, columns, rows, factor);
       } else if (a.top == 1) {
         match_block<E, Best, false>(a, b, i, count, columns, rows, factor);

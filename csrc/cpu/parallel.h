@@ -21,4 +21,16 @@ static inline void parallel_for(int64_t n, int64_t grain, F&& f) {
                [](void* context, int64_t begin, int64_t end) { (*static_cast<__decltype(&f)>(context))(begin, end); });
 }
 
+// Tasks [0, count) are taken as threads come, so that one that wakes late does not keep the others waiting. What a task
+// computes does not depend on who takes it. f(task, slot).
+template <class F>
+static inline void for_each_task(int64_t count, int slots, F&& f) {
+  int64_t next = 0;
+  parallel_for(slots < count ? slots : count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(task, slot);
+    }
+  });
+}
+
 }  // namespace tokencomp::cpu

@@ -100,10 +100,10 @@ Tensor attention_lse(const Tensor& q, const Tensor& k, double scale, MaybeTensor
   return lse;
 }
 
-std::tuple<Tensor, Tensor> qk_scores(const Tensor& q, const Tensor& k, double scale, MaybeTensor k_min,
-                                     MaybeTensor key_bias, MaybeTensor lengths, MaybeTensor starts,
+std::tuple<Tensor, Tensor> qk_scores(const Tensor& q, const Tensor& k, double scale, MaybeTensor block_table,
+                                     MaybeTensor k_min, MaybeTensor key_bias, MaybeTensor lengths, MaybeTensor starts,
                                      std::optional<double> softcap) {
-  LseArgs l = make_qk_args(q, k, scale, k_min, key_bias, lengths, starts, softcap);
+  LseArgs l = make_qk_args(q, k, scale, block_table, k_min, key_bias, lengths, starts, softcap);
   std::tuple<Tensor, Tensor> out = make_qk_outputs(l, q);
   run_lse(l);
   return out;

@@ -57,8 +57,8 @@ class Diagonals {
       for (int word = 0; word < operands.padded; ++word) words[int64_t(i) * operands.padded + word] = 0;
     }
     for (int j = from / kKeyBlock * kKeyBlock; count && j < to; j += kKeyBlock) {
-      operands.pack_keys(b, h / g.group(), j, keys);
-      load_bias(c.a, b, h / g.group(), j, float(c.power) * kLog2e, bias);
+      operands.pack_keys(b, h / g.group(), j, kKeyBlock, keys);
+      load_bias(c.a, b, h / g.group(), j, kKeyBlock, float(c.power) * kLog2e, bias);
       for (int u = 0; u < kKeyBlock && j + u < g.S; u += kLaneTile) {
         for (int i = 0; i < count; i += kRowTile) fold(i, j + u, u);
       }

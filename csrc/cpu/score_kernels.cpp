@@ -86,8 +86,8 @@ class Columns {
     RowBlock& r = rows;
     if (!r.count) return;
     if (!packed) {
-      operands.pack_keys(b, kv, first, keys);
-      load_bias(c.a, b, kv, first, float(c.power) * kLog2e, bias);
+      operands.pack_keys(b, kv, first, kKeyBlock, keys);
+      load_bias(c.a, b, kv, first, kKeyBlock, float(c.power) * kLog2e, bias);
       packed = true;
     }
     for (int i = r.count; i % kRowTile; ++i) {  // rows that fill the last tile add nothing
@@ -165,7 +165,7 @@ void score_rows(const ColumnArgs& c, const ColumnWork& w) {
   const Geometry& g = c.a.g;
   parallel_for(g.B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      for (int t = 0; t < g.T; ++t) w.range[b * g.T + t] = visible(g, int(b), t);
+      for (int t = 0; t < g.T; ++t) w.range[b * g.T + t] = visible(g, int(b), 0, t);
     }
   });
   const int64_t blocks = row_blocks(g.T);

@@ -41,8 +41,8 @@ class LseTask {
       fill(rows[i], (last + kKeyBlock - 1) / kKeyBlock * kKeyBlock, end);
     }
     for (int j = first; j < last; j += kKeyBlock) {
-      operands.pack_keys(b, kv, j, keys);
-      load_bias(l.a, b, kv, j, 1.0f, bias);
+      operands.pack_keys(b, kv, j, kKeyBlock, keys);
+      load_bias(l.a, b, kv, j, kKeyBlock, 1.0f, bias);
       for (int i = 0; i < count; i += kRowTile) fold(i, j);
     }
     for (int i = 0; i < count; ++i) write(rows[i]);
@@ -55,7 +55,7 @@ class LseTask {
     last = begin;
     for (int64_t r = row_begin; r < row_end; ++r) {
       const int h = int(kv * g.group() + r / g.T), t = int(r % g.T);
-      Range range = visible(g, b, t);
+      Range range = visible(g, b, kv, t);
       range.begin = range.begin > begin ? range.begin : begin;
       range.end = range.end < end ? range.end : end;
       const LseRow row{(int64_t(b) * g.Hq + h) * g.T + t, range, -INFINITY, 0.0f};

@@ -22,6 +22,19 @@ template <class T>
 TC_INLINE Vec load_row_words(const T* p, int n) {
   return n >= kWidth ? load(p) : load_some(p, n);
 }
+// kWidth words of which each holds an element of one row or, where a word holds two, of `even` and of `odd`; n elements
+// are left in either. `odd` may be null: zeros.
+template <class T>
+TC_INLINE Vec load_column_words(const T* even, const T* /*odd*/, int n) {
+  return load_up_to(even, n);
+}
+// 2 kWidth numbers as words of a row; returns the word behind them.
+template <class T>
+TC_INLINE Word* store_row_words(Word* p, Vec a, Vec b, T) {
+  store(reinterpret_cast<float*>(p), a);
+  store(reinterpret_cast<float*>(p) + kWidth, b);
+  return p + 2 * kWidth;
+}
 
 #if defined(TOKENCOMP_AVX512_BF16)
 
@@ -35,6 +48,15 @@ TC_INLINE Bf16Pack broadcast_word(const Word* p, Bf16Pack) { return {(__m512bh)_
 TC_INLINE Vec load_row_words(const bf16* p, int n) {
   const Bf16Pack raw = n >= 2 * kWidth ? load_pack(p) : load_pack_some(p, n);
   return {_mm512_castsi512_ps((__m512i)raw.v)};
+}
+TC_INLINE Vec load_column_words(const bf16* even, const bf16* odd, int n) {
+  const __m512i low = _mm512_castps_si512(load_up_to(even, n).v);  // widened: the element is the upper half
+  const __m512i high = odd ? _mm512_castps_si512(load_up_to(odd, n).v) : _mm512_setzero_si512();
+  return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(low, 16), high))};
+}
+TC_INLINE Word* store_row_words(Word* p, Vec a, Vec b, bf16) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v));
+  return p + kWidth;
 }
 
 #endif
@@ -147,24 +169,52 @@ TC_INLINE void pack_row(const T* p, int n, Word* out) {
 
 constexpr int kPrefetchRows = 128;  // rows ahead; measured, see bench/NOTES.md
 
-// `count` rows (the rest are zeros) of n elements into lanes: out[words][kLaneTile], words a multiple of kWidth.
-template <class T>
-TC_INLINE void pack_lanes(const T* p, int64_t stride, int count, int n, Word* out) {
+// Rows of n elements into lanes: out[words][kLaneTile], words a multiple of kWidth. load(r, i) gives a register of
+// words from element i of row r on.
+template <class T, class F>
+TC_INLINE void pack_blocks(F&& load, int n, Word* out) {
   constexpr int kStep = kWidth * WordOf<T>::elements;
   for (int v = 0; v < kLaneVecs; ++v) {
     for (int i = 0, w = 0; i < n; i += kStep, w += kWidth) {
       Vec block[kWidth];
-      for (int r = 0; r < kWidth; ++r) {
-        const int row = v * kWidth + r;
-        __builtin_prefetch(p + (row + kPrefetchRows) * stride + i);  // strided: the processor does not see it coming
-        block[r] = row < count ? load_row_words(p + row * stride + i, n - i) : broadcast(0.0f);
-      }
+      for (int r = 0; r < kWidth; ++r) block[r] = load(v * kWidth + r, i);
       transpose(block);
       for (int r = 0; r < kWidth; ++r) {
         store(reinterpret_cast<float*>(out + (w + r) * kLaneTile + v * kWidth), block[r]);
       }
     }
   }
+}
+
+// kLaneTile rows: row(i) is null where there is none, zeros; ahead(i) is an address worth fetching.
+template <class T, class F, class P>
+TC_INLINE void pack_lane_rows(F&& row, P&& ahead, int n, Word* out) {
+  const auto load = [&](int r, int i) {
+    const T* p = row(r);
+    __builtin_prefetch(ahead(r) + i);  // strided: the processor does not see it coming
+    return p ? load_row_words(p + i, n - i) : broadcast(0.0f);
+  };
+  pack_blocks<T>(load, n, out);
+}
+
+// `count` rows, `stride` elements apart; the rest are zeros.
+template <class T>
+TC_INLINE void pack_lanes(const T* p, int64_t stride, int count, int n, Word* out) {
+  const auto load = [=](int r, int i) {
+    __builtin_prefetch(p + (r + kPrefetchRows) * stride + i);  // strided: the processor does not see it coming
+    return r < count ? load_row_words(p + r * stride + i, n - i) : broadcast(0.0f);
+  };
+  pack_blocks<T>(load, n, out);
+}
+
+// Row r at p + offset[r], zeros where that is negative. Offsets reach kPrefetchRows beyond the tile.
+template <class T>
+TC_INLINE void pack_lanes(const T* p, const int64_t* offset, int n, Word* out) {
+  const auto load = [=](int r, int i) {
+    __builtin_prefetch(p + offset[r + kPrefetchRows] + i);
+    return offset[r] >= 0 ? load_row_words(p + offset[r] + i, n - i) : broadcast(0.0f);
+  };
+  pack_blocks<T>(load, n, out);
 }
 
 }  // namespace tokencomp::cpu::TOKENCOMP_ISA

@@ -106,17 +106,10 @@ void launch_match(const MatchArgs& m, const Factors& f, const MatchShape& shape,
   gpu::launch(merge_match_finish, config(dim3(blocks), kThreads, 0, m.device), m, shape.splits, partial);
 }
 
-std::tuple<Tensor, Tensor> cosine_match(const Tensor& a, const Tensor& b, std::optional<Tensor> a_index,
-                                        std::optional<Tensor> b_index, std::optional<Tensor> a2,
-                                        std::optional<Tensor> b2, double alpha, std::optional<Tensor> a_weight,
-                                        std::optional<Tensor> b_weight, int64_t band, int64_t protect_a,
-                                        int64_t protect_b, std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
-                                        std::optional<double> min_similarity, int64_t top) {
-  MatchArgs m = make_match_args(a, b, a_index, b_index, a2, b2, alpha, a_weight, b_weight, band, protect_a, protect_b,
-                                mask_a, mask_b, min_similarity, top);
-  MatchOutputs out = make_match_outputs(m, a);
+// `like` is on the device that the working memory has to be on.
+void match_all(const MatchArgs& m, const Tensor& like) {
   const int64_t rows = int64_t(m.B) * m.a.R, columns = int64_t(m.B) * m.b.R;
-  if (rows == 0) return {out.value, out.index};
+  if (rows == 0) return;
   const gpu::DeviceGuard device(m.device);
   const gpu::WatchScope scope;
   watch_side(m.a, m.B, m.C, m.C2, m.dtype, "a");
@@ -127,8 +120,8 @@ std::tuple<Tensor, Tensor> cosine_match(const Tensor& a, const Tensor& b, std::o
                          whole_chunks(m.a, m.C, m.dtype) && whole_chunks(m.b, m.C, m.dtype),
                          whole_chunks2(m.a, m.C2, m.dtype) && whole_chunks2(m.b, m.C2, m.dtype)};
   const int64_t features = m.C2 > 0 ? 2 : 1, keys = shape.splits > 1 ? rows * shape.splits : 0;
-  Workspace memory(a, features * (Workspace::words<float>(rows) + Workspace::words<float>(columns)) +
-                          Workspace::words<OrderKey>(keys));
+  Workspace memory(like, features * (Workspace::words<float>(rows) + Workspace::words<float>(columns)) +
+                             Workspace::words<OrderKey>(keys));
   Factors f{memory.take<float>(rows, "a factors"), memory.take<float>(columns, "b factors"), nullptr, nullptr};
   if (m.C2 > 0) {
     f.a2 = memory.take<float>(rows, "a2 factors");
@@ -136,6 +129,18 @@ std::tuple<Tensor, Tensor> cosine_match(const Tensor& a, const Tensor& b, std::o
   }
   OrderKey* partial = memory.take<OrderKey>(keys, "partial keys");
   dispatch_dtype(m.dtype, [&]<class T> { launch_match<T>(m, f, shape, partial); });
+}
+
+std::tuple<Tensor, Tensor> cosine_match(const Tensor& a, const Tensor& b, std::optional<Tensor> a_index,
+                                        std::optional<Tensor> b_index, std::optional<Tensor> a2,
+                                        std::optional<Tensor> b2, double alpha, std::optional<Tensor> a_weight,
+                                        std::optional<Tensor> b_weight, int64_t band, int64_t protect_a,
+                                        int64_t protect_b, std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
+                                        std::optional<double> min_similarity, int64_t top, bool exclude_self) {
+  MatchArgs m = make_match_args(a, b, a_index, b_index, a2, b2, alpha, a_weight, b_weight, band, protect_a, protect_b,
+                                mask_a, mask_b, min_similarity, top, exclude_self);
+  MatchOutputs out = make_match_outputs(m, a);
+  match_all(m, a);
   return {out.value, out.index};
 }
 
@@ -176,12 +181,8 @@ Tensor energy_score(const Tensor& x, double margin, double alpha, std::string ki
   return out;
 }
 
-Tensor bipartite_map(const Tensor& value, const Tensor& index, int64_t r, int64_t tokens, int64_t prefix, bool distill,
-                     std::string order, std::optional<Tensor> a_tokens, std::optional<Tensor> b_tokens,
-                     std::optional<Tensor> rest_tokens) {
-  MapArgs m = make_map_args(value, index, r, tokens, prefix, distill, order, a_tokens, b_tokens, rest_tokens);
-  Tensor out = make_map_output(m, value);
-  if (m.B == 0 || m.N == 0) return out;
+void map_all(const MapArgs& m, const char* op) {
+  if (m.B == 0 || m.N == 0) return;
   const gpu::DeviceGuard device(m.device);
   const gpu::WatchScope scope;
   const size_t rows = size_t(m.B) * m.Ra * 4;
@@ -194,18 +195,23 @@ Tensor bipartite_map(const Tensor& value, const Tensor& index, int64_t r, int64_
   MapShape shape{1};
   while (shape.keys < m.Ra) shape.keys *= 2;
   const size_t smem = sizeof(MapSmem) + size_t(shape.keys) * sizeof(OrderKey);
-  STD_TORCH_CHECK(smem <= gpu::max_shared_memory_per_block(), "bipartite_map: value must hold at most ",
-                  gpu::max_shared_memory_per_block() / sizeof(OrderKey), " rows on this device, got ", m.Ra);
+  STD_TORCH_CHECK(smem <= gpu::max_shared_memory_per_block(), op, ": there must be at most ",
+                  gpu::max_shared_memory_per_block() / sizeof(OrderKey), " rows to rank on this device, got ", m.Ra);
   gpu::launch(merge_map, config(dim3(unsigned(m.B)), MapShape::threads, smem, m.device), m, shape);
+}
+
+Tensor bipartite_map(const Tensor& value, const Tensor& index, int64_t r, int64_t tokens, int64_t prefix, bool distill,
+                     std::string order, std::optional<Tensor> a_tokens, std::optional<Tensor> b_tokens,
+                     std::optional<Tensor> rest_tokens) {
+  MapArgs m = make_map_args(value, index, r, tokens, prefix, distill, order, a_tokens, b_tokens, rest_tokens);
+  Tensor out = make_map_output(m, value);
+  map_all(m, "bipartite_map");
   return out;
 }
 
-std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& token_map, int64_t out_tokens,
-                                        std::optional<Tensor> size, std::optional<Tensor> weight, std::string mode) {
-  MergeArgs m = make_merge_args(x, token_map, out_tokens, size, weight, mode);
-  MergeOutputs out = make_merge_outputs(m, x);
+void merge_all(const MergeArgs& m, const Tensor& like) {
   const int64_t tokens = int64_t(m.B) * m.N, rows = int64_t(m.B) * m.M;
-  if (rows == 0) return {out.y, out.size};
+  if (rows == 0) return;
   const gpu::DeviceGuard device(m.device);
   const gpu::WatchScope scope;
   const int64_t bytes = element_bytes(m.dtype);
@@ -220,7 +226,8 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& token_map
   const size_t smem = sizeof(GroupSmem) + size_t(m.M) * 4;
   const bool in_smem = smem <= kGroupSmemLimit;
   const int64_t firsts = int64_t(m.B) * (m.M + 1), cursors = in_smem ? 0 : rows;
-  Workspace memory(x, Workspace::words<int>(firsts) + Workspace::words<int>(tokens) + Workspace::words<int>(cursors));
+  Workspace memory(like,
+                   Workspace::words<int>(firsts) + Workspace::words<int>(tokens) + Workspace::words<int>(cursors));
   Groups groups{memory.take<int>(firsts, "first"), memory.take<int>(tokens, "token"), nullptr};
   if (!in_smem) groups.cursor = memory.take<int>(cursors, "cursor");
   gpu::launch(merge_groups, config(dim3(unsigned(m.B)), kGroupThreads, in_smem ? smem : sizeof(GroupSmem), m.device), m,
@@ -235,7 +242,31 @@ std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& token_map
       gpu::launch(merge_rows<T, false>, c, m, groups);
     }
   });
+}
+
+std::tuple<Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& token_map, int64_t out_tokens,
+                                        std::optional<Tensor> size, std::optional<Tensor> weight, std::string mode) {
+  MergeArgs m = make_merge_args(x, token_map, out_tokens, size, weight, mode);
+  MergeOutputs out = make_merge_outputs(m, x);
+  merge_all(m, x);
   return {out.y, out.size};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bipartite_merge(const Tensor& x, const Tensor& metric, int64_t r,
+                                                   std::optional<Tensor> size, std::optional<Tensor> weight,
+                                                   int64_t prefix, std::string order, std::string mode,
+                                                   std::optional<Tensor> a_tokens, std::optional<Tensor> b_tokens,
+                                                   std::optional<Tensor> rest_tokens) {
+  BipartiteArgs all =
+      make_bipartite_args(x, metric, r, size, weight, prefix, order, mode, a_tokens, b_tokens, rest_tokens);
+  BipartiteOutputs out = make_bipartite_outputs(all, x);
+  const int64_t rows = int64_t(all.map.B) * all.map.Ra;
+  const Tensor value = new_output(x, {rows}, ScalarType::Float), index = new_output(x, {rows}, ScalarType::Int);
+  all.through(static_cast<float*>(value.mutable_data_ptr()), static_cast<int*>(index.mutable_data_ptr()));
+  match_all(all.match, x);
+  map_all(all.map, "bipartite_merge");
+  merge_all(all.merge, x);
+  return {out.merged.y, out.merged.size, out.map};
 }
 
 }  // namespace
@@ -246,4 +277,5 @@ STABLE_TORCH_LIBRARY_IMPL(TOKENCOMP_NAMESPACE, TOKENCOMP_KEY, m) {
   m.impl("energy_score", TORCH_BOX(&tokencomp::merge::energy_score));
   m.impl("bipartite_map", TORCH_BOX(&tokencomp::merge::bipartite_map));
   m.impl("merge_tokens", TORCH_BOX(&tokencomp::merge::merge_tokens));
+  m.impl("bipartite_merge", TORCH_BOX(&tokencomp::merge::bipartite_merge));
 }

@@ -109,25 +109,26 @@ __device__ __forceinline__ int place_token(const Side& s, int b, int i) {
   return s.index ? s.index[int64_t(b) * s.R + i] : i;
 }
 
-// Pairs outside the band become NaN, which never wins.
+// Pairs too far apart, or too near, become NaN, which never wins.
 template <class T>
-__device__ __forceinline__ void keep_band(Similarity<T>& similarity, const PairTile<T>& tile, const MatchArgs& m, int b,
-                                          int row0, int column0) {
+__device__ __forceinline__ void keep_distance(Similarity<T>& similarity, const PairTile<T>& tile, const MatchArgs& m,
+                                              int b, int row0, int column0) {
 #pragma unroll
   for (int q = 0; q < kOwned; ++q) {
     const int j = column0 + tile.column(q), q_token = j < m.b.R ? place_token(m.b, b, j) : 0;
 #pragma unroll
     for (int r = 0; r < kOwned; ++r) {
       const int i = row0 + tile.row(r), distance = i < m.a.R ? place_token(m.a, b, i) - q_token : 0;
-      if (distance > m.band || -distance > m.band) similarity.value[r][q] = NAN;
+      const int apart = distance < 0 ? -distance : distance;
+      if (apart > m.farthest || apart < m.nearest) similarity.value[r][q] = NAN;
     }
   }
 }
 
-// Whether a whole tile lies outside the band; only without indices does the place say so.
+// Whether a whole tile is too far off; only without indices does the place say so.
 __device__ __forceinline__ bool far_tile(const MatchArgs& m, int row0, int column0) {
-  if (m.band < 0 || m.a.index || m.b.index) return false;
-  return column0 - (row0 + kTile - 1) > m.band || row0 - (column0 + kTile - 1) > m.band;
+  if (m.a.index || m.b.index) return false;
+  return column0 - (row0 + kTile - 1) > m.farthest || row0 - (column0 + kTile - 1) > m.farthest;
 }
 
 // Key of what nobody beat: no column.
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 2) merge_match(MatchArgs m, MatchSha
   for (int column0 = split * kTile; column0 < m.b.R; column0 += s.splits * kTile) {
     if (far_tile(m, row0, column0)) continue;
     similarity.compute(smem, tile, m, s, f, b, row0, column0);
-    if (m.band >= 0) keep_band(similarity, tile, m, b, row0, column0);
+    if (m.limited()) keep_distance(similarity, tile, m, b, row0, column0);
 #pragma unroll
     for (int q = 0; q < kOwned; ++q) {
 #pragma unroll
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1) merge_match_top(MatchArgs m, Matc
   for (int column0 = 0; column0 < m.b.R; column0 += kTile) {
     if (far_tile(m, row0, column0)) continue;
     similarity.compute(smem.slabs, tile, m, s, f, b, row0, column0);
-    if (m.band >= 0) keep_band(similarity, tile, m, b, row0, column0);
+    if (m.limited()) keep_distance(similarity, tile, m, b, row0, column0);
 #pragma unroll
     for (int q = 0; q < kOwned; ++q) {
 #pragma unroll

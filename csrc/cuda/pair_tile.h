@@ -77,8 +77,10 @@ struct PairTile {
     return tensor ? tid / 32 % 4 * 4 + tid % 4 : tid % 16;
   }
 
-  // Every thread of the block calls this; it ends with a barrier, after which the slabs may be overwritten.
-  __device__ __forceinline__ void compute(TileSmem<T>& s, const Operand<T>& rows, const Operand<T>& columns) {
+  // Every thread of the block calls this; it ends with a barrier, after which the slabs may be overwritten. An operand
+  // may be of another type, with row(r) and x as in Operand.
+  template <class Side = Operand<T>>
+  __device__ __forceinline__ void compute(TileSmem<T>& s, const Side& rows, const Side& columns) {
 #pragma unroll
     for (int i = 0; i < kBlock * kBlock; ++i) acc[i / kBlock][i % kBlock] = 0.0f;
     const int slabs = (rows.x.C + TileSmem<T>::kSlab - 1) / TileSmem<T>::kSlab;
@@ -110,8 +112,8 @@ struct PairTile {
  private:
   // Both operands of slab i into its stage; holes, places past the last and channels past C become zeros. One group per
   // call, empty past the last slab, so that the number of groups in flight stays constant.
-  __device__ __forceinline__ void load(TileSmem<T>& s, const Operand<T>& rows, const Operand<T>& columns, int i,
-                                       int slabs) const {
+  template <class Side>
+  __device__ __forceinline__ void load(TileSmem<T>& s, const Side& rows, const Side& columns, int i, int slabs) const {
     if (i < slabs) {
       if (rows.x.whole && columns.x.whole)
         load_pieces<true>(s, rows, columns, i);
@@ -121,9 +123,8 @@ struct PairTile {
     gpu::cp_async_commit();
   }
 
-  template <bool kWhole>
-  __device__ __forceinline__ void load_pieces(TileSmem<T>& s, const Operand<T>& rows, const Operand<T>& columns,
-                                              int i) const {
+  template <bool kWhole, class Side>
+  __device__ __forceinline__ void load_pieces(TileSmem<T>& s, const Side& rows, const Side& columns, int i) const {
     constexpr int kPieces = 2 * PairTiles::tile * kChunks;
     const int C = rows.x.C, chunks = chunks_of(C, kVec<T>), stage = i % PairTiles::stages;
 #pragma unroll(kWhole ? kPieces / PairTiles::threads : 1)

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 #include <vector>
 
 #include "core/dispatch.h"
@@ -12,17 +14,19 @@
 #include "cuda/score_lse.h"
 #include "cuda/score_point.h"
 #include "op/stream.h"
+#include "op/workspace.h"
 
 namespace tokencomp::score {
+
+ColumnSweepLauncher* wgmma_columns = nullptr;
+
 namespace {
 
 constexpr int kMaxParts = 8;      // of the rows of a column score: bounds its working memory
 constexpr int kBlocksPerSm = 8;   // blocks wanted for each multiprocessor, so that uneven ones even out
 constexpr int kMaxKeyParts = 64;  // of the keys of a log-sum-exp
 constexpr int kFewRows = 64;      // up to this many rows a group, the sweep with 16 still rows is taken
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int kWgmmaLeast = 64;   // up to this many rows, tiles of 128 rows would be half empty
 
 template <class T, bool kFew, class F>
 void with_shape(int dim, F&& f) {
@@ -37,35 +41,6 @@ void with_shape(int dim, F&& f) {
   f.template operator()<Shape<T, 256, kFew>>();
 }
 
-// Each row starts on a 16-byte boundary and is a whole number of 16-byte chunks.
-bool whole_chunks(const Attention& a, const void* p, int64_t stride_b, int64_t stride_h, int64_t stride_row) {
-  const int64_t bytes = a.dtype == DType::f32 ? 4 : 2;
-  const int64_t bits = int64_t(reinterpret_cast<uintptr_t>(p)) | (stride_b | stride_h | stride_row | a.g.D) * bytes;
-  return (bits & 15) == 0;
-}
-bool whole_queries(const Attention& a) { return whole_chunks(a, a.q, a.q_stride_b, a.q_stride_h, a.q_stride_t); }
-bool whole_keys(const Attention& a) {
-  return whole_chunks(a, a.k, a.k_stride_b, a.k_stride_h, a.k_stride_s) &&
-         (!a.k_min || whole_chunks(a, a.k_min, a.k_stride_b, a.k_stride_h, a.k_stride_s));
-}
-
-void watch_attention(const Attention& a) {
-  const Geometry& g = a.g;
-  const int64_t bytes = a.dtype == DType::f32 ? 4 : 2;
-  const auto span = [&](int64_t heads, int64_t rows, int64_t b, int64_t h, int64_t r) {
-    return rows ? ((g.B - 1) * b + (heads - 1) * h + (rows - 1) * r + g.D) * bytes : 0;
-  };
-  gpu::watch(a.q, span(g.Hq, g.T, a.q_stride_b, a.q_stride_h, a.q_stride_t), "q", true);
-  const int64_t keys = span(g.Hkv, g.S, a.k_stride_b, a.k_stride_h, a.k_stride_s);
-  gpu::watch(a.k, keys, "k", true);
-  if (a.k_min) gpu::watch(a.k_min, keys, "k_min", true);
-  if (a.key_bias)
-    gpu::watch(a.key_bias, (a.bias_stride_b * (g.B - 1) + a.bias_stride_h * (g.Hkv - 1) + g.S) * 4, "key_bias", true);
-  if (g.q_position) gpu::watch(g.q_position, (g.position_stride * (g.B - 1) + g.T) * 4, "q_position", true);
-  if (g.lengths) gpu::watch(g.lengths, g.B * 4, "lengths", true);
-  if (g.starts) gpu::watch(g.starts, g.B * 4, "starts", true);
-}
-
 gpu::LaunchConfig config_of(int device, dim3 grid, size_t smem = 0) {
   gpu::LaunchConfig config{grid, dim3(kThreads), smem};
   config.stream = gpu::stream_of(device);
@@ -73,23 +48,6 @@ gpu::LaunchConfig config_of(int device, dim3 grid, size_t smem = 0) {
 }
 
 dim3 grid_of(int64_t threads) { return dim3(unsigned(ceil_div(threads, kThreads))); }
-
-// Arrays that live until the launches are enqueued.
-class Workspace {
- public:
-  explicit Workspace(const Tensor& like) : like_(like) {}
-  template <class T>
-  T* take(int64_t count, const char* name) {
-    tensors_.push_back(torch::stable::new_empty(like_, {count * int64_t(sizeof(T)) / 4}, ScalarType::Float));
-    T* p = static_cast<T*>(tensors_.back().mutable_data_ptr());
-    gpu::watch(p, count * sizeof(T), name, false);
-    return p;
-  }
-
- private:
-  const Tensor& like_;
-  std::vector<Tensor> tensors_;
-};
 
 ColumnWorkspace make_column_workspace(const ColumnArgs& c, Workspace& memory, int tile_rows, int still, bool split) {
   const Geometry& g = c.a.g;
@@ -119,8 +77,40 @@ void finish_columns(const ColumnArgs& c, const ColumnWorkspace& w) {
   gpu::launch(score_heads, config_of(c.a.device, grid_of(out)), c, w);
 }
 
+// Why the sweep with warpgroup products cannot run; null where it can.
+const char* wgmma_refused(const ColumnArgs& c) {
+  if (!wgmma_columns) return "this build has no kernels for sm_90a";
+  if (gpu::compute_capability_major() != 9) return "the GPU is not an sm_90";
+  if (c.a.dtype == DType::f32) return "float32 has no products of that kind";
+  if (c.a.g.D > kWgmmaDim) return "D is more than 128";
+  if (c.a.softcap > 0) return "there is a soft cap";
+  if (!whole_queries(c.a) || !whole_keys(c.a)) return "rows are not whole 16-byte chunks";
+  return nullptr;
+}
+
+// Whether to take it: where it can run and rows fill its tiles, or as TOKENCOMP_SCORE_PLAN says.
+bool takes_wgmma(const ColumnArgs& c) {
+  const char* refused = wgmma_refused(c);
+  const char* set = std::getenv("TOKENCOMP_SCORE_PLAN");
+  const std::string_view plan = set ? set : "";
+  if (plan.empty()) return !refused && c.a.g.T > kWgmmaLeast;
+  STD_TORCH_CHECK(plan == "mma" || plan == "wgmma",
+                  "column_score: TOKENCOMP_SCORE_PLAN must be 'mma' or 'wgmma', got '", set, "'");
+  STD_TORCH_CHECK(plan == "mma" || !refused, "column_score: TOKENCOMP_SCORE_PLAN must name a possible plan, got '", set,
+                  "': ", refused ? refused : "");
+  return plan == "wgmma";
+}
+
+void launch_wgmma(const ColumnArgs& c, Workspace& memory) {
+  const ColumnWorkspace w = make_column_workspace(c, memory, kWgmmaRows, kWgmmaKeys, true);
+  prepare_columns(c, w);
+  wgmma_columns(c, w, config_of(c.a.device, dim3(1)));
+  finish_columns(c, w);
+}
+
 template <class S>
 void launch_columns(const ColumnArgs& c, Workspace& memory) {
+  if (takes_wgmma(c)) return launch_wgmma(c, memory);
   const Geometry& g = c.a.g;
   const ColumnWorkspace w = make_column_workspace(c, memory, S::kStream, S::kStill, true);
   const bool whole = whole_queries(c.a) && whole_keys(c.a);
@@ -231,10 +221,10 @@ Tensor attention_lse(const Tensor& q, const Tensor& k, double scale, MaybeTensor
   return lse;
 }
 
-std::tuple<Tensor, Tensor> qk_scores(const Tensor& q, const Tensor& k, double scale, MaybeTensor k_min,
-                                     MaybeTensor key_bias, MaybeTensor lengths, MaybeTensor starts,
+std::tuple<Tensor, Tensor> qk_scores(const Tensor& q, const Tensor& k, double scale, MaybeTensor block_table,
+                                     MaybeTensor k_min, MaybeTensor key_bias, MaybeTensor lengths, MaybeTensor starts,
                                      std::optional<double> softcap) {
-  LseArgs l = make_qk_args(q, k, scale, k_min, key_bias, lengths, starts, softcap);
+  LseArgs l = make_qk_args(q, k, scale, block_table, k_min, key_bias, lengths, starts, softcap);
   STD_TORCH_CHECK(!k_min || 2 * l.a.g.D <= kMaxHeadDim, "qk_scores: head dimension D must be at most ", kMaxHeadDim / 2,
                   " with k_min on CUDA, got ", l.a.g.D);
   std::tuple<Tensor, Tensor> out = make_qk_outputs(l, q);

@@ -4,23 +4,9 @@
 #pragma once
 
 #include "cuda/score_tiles.h"
+#include "cuda/score_work.h"
 
 namespace tokencomp::score {
-
-// Keys that some, and that all, of the counting rows of a tile see.
-struct TileBounds {
-  int first, last, all_begin, all_end;
-};
-
-struct ColumnWorkspace {
-  float* beta;         // [B, Hq, padded T], +inf behind T and for rows that do not count; see beta_of
-  Range* range;        // [B, padded T]
-  TileBounds* bounds;  // [B, Hq, tiles]
-  float* partial;      // [parts, B, Hq, S] sums, or maxima of exponents
-  int tiles, tiles_per_part, parts, tile_rows;
-
-  __device__ int padded() const { return tiles * tile_rows; }
-};
 
 struct LseWorkspace {
   float2* partial;  // [parts, B, Hq, T] maximum and sum relative to it
@@ -38,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) score_rows(ColumnArgs c, ColumnWorks
   TileBounds bounds{g.S, 0, 0, g.S};
   const int first = int(tile % w.tiles) * w.tile_rows;
   for (int t = first + lane; t < first + w.tile_rows; t += 32) {
-    const Range range = t < g.T ? visible(g, b, t) : Range{0, 0};
+    const Range range = t < g.T ? visible(g, b, 0, t) : Range{0, 0};
     float beta = INFINITY;
     if (range.begin < range.end) {
       beta = beta_of(c.lse[int64_t(head) * g.T + t], weight ? weight[t] : 1.0f, c.power);
@@ -57,26 +43,6 @@ __global__ void __launch_bounds__(kThreads) score_rows(ColumnArgs c, ColumnWorks
   bounds.all_end = gpu::warp_min(bounds.all_end);
   if (lane == 0) w.bounds[tile] = bounds;
 }
-
-// Walks the tiles of a part, head after head of a group, that have anything to do with keys [key, key + keys).
-struct TileCursor {
-  const TileBounds* bounds;  // of the group's first head
-  int tiles, begin, end, heads, key, keys;
-  int head, tile;
-
-  // From (head, tile) on, to the first that counts; head == heads at the end. With `stay` not past this head.
-  __device__ __forceinline__ void settle(bool stay) {
-    while (head < heads) {
-      for (; tile < end; ++tile) {
-        const TileBounds& t = bounds[int64_t(head) * tiles + tile];
-        if (t.first < key + keys && t.last > key) return;
-      }
-      if (stay) return;
-      ++head;
-      tile = begin;
-    }
-  }
-};
 
 template <class S, bool kMax>
 struct ColumnSweep {

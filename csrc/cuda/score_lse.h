@@ -29,16 +29,35 @@ struct LseSweep {
   __device__ int head_of(int r) const { return kv * g.group() + r / g.T; }
   __device__ int64_t at(int r) const { return (int64_t(b) * g.Hq + head_of(r)) * g.T + r % g.T; }
 
+  // Where paged keys [key, key + kStream) begin; to be loaded behind a barrier. One look at the table a key, not one
+  // for each 16 bytes of it.
+  __device__ void locate(int key, int end) const {
+    if constexpr (kLogits) {
+      if (!l.a.table.entry || key >= end) return;
+      for (int r = int(threadIdx.x); r < S::kStream; r += kThreads) {
+        s.offset[key / S::kStream % 2][r] = key + r < g.S ? slot_offset(l.a, b, kv, key + r) : -1;
+      }
+    }
+  }
+
+  __device__ __forceinline__ int64_t offset_of(int key, int r) const {
+    if constexpr (kLogits) {
+      if (l.a.table.entry) return s.offset[key / S::kStream % 2][r];
+    }
+    return key + r < g.S ? b * l.a.k_stride_b + kv * l.a.k_stride_h + int64_t(key + r) * l.a.k_stride_s : -1;
+  }
+
   __device__ void load(int key, int end, int stage) const {
     if (key < end) {
-      const int64_t base = b * l.a.k_stride_b + kv * l.a.k_stride_h;
       load_tile<S>(s, stage, keys, [&](int r) {
-        const int64_t offset = base + int64_t(key + r) * l.a.k_stride_s;
-        if (key + r >= g.S) return RowSource<T>{nullptr, nullptr};
+        const int64_t offset = offset_of(key, r);
+        if (offset < 0) return RowSource<T>{nullptr, nullptr};
         return RowSource<T>{static_cast<const T*>(l.a.k) + offset,
                             l.a.k_min ? static_cast<const T*>(l.a.k_min) + offset : nullptr};
       });
-      for (int r = int(threadIdx.x); r < S::kStream; r += kThreads) s.side[stage][r] = bias_of(l.a, b, kv, key + r);
+      for (int r = int(threadIdx.x); r < S::kStream; r += kThreads) {
+        s.side[stage][r] = offset_of(key, r) < 0 ? -INFINITY : bias_of(l.a, b, kv, key + r);
+      }
     }
     gpu::cp_async_commit();
   }
@@ -48,7 +67,7 @@ struct LseSweep {
     int first = part_keys.end, last = part_keys.begin, all_begin = part_keys.begin, all_end = part_keys.end;
     for (int i = int(threadIdx.x); i < S::kStill; i += kThreads) {
       const bool there = row0 + i < rows();
-      Range range = there ? visible(g, b, (row0 + i) % g.T) : Range{0, 0};
+      Range range = there ? visible(g, b, kv, (row0 + i) % g.T) : Range{0, 0};
       range.begin = max(range.begin, part_keys.begin);
       range.end = min(range.end, part_keys.end);
       s.range[i] = range;
@@ -90,13 +109,19 @@ struct LseSweep {
       return RowSource<T>{r < rows() ? q + head_of(r) * l.a.q_stride_h + r % g.T * l.a.q_stride_t : nullptr, nullptr};
     });
 #pragma unroll 1
-    for (int i = 0; i < S::kStages - 1; ++i) load(first + i * S::kStream, last, i);
+    for (int i = 0; i < S::kStages - 1; ++i) {
+      locate(first + i * S::kStream, last);
+      if (l.a.table.entry) __syncthreads();
+      load(first + i * S::kStream, last, i);
+    }
+    locate(first + (S::kStages - 1) * S::kStream, last);
     int stage = 0;
 #pragma unroll 1
     for (int key = first; key < last; key += S::kStream) {
       gpu::cp_async_wait<S::kStages - 2>();
       __syncthreads();  // the tile has arrived for everyone, and everyone is done with the stage refilled next
       load(key + (S::kStages - 1) * S::kStream, last, (stage + S::kStages - 1) % S::kStages);
+      locate(key + S::kStages * S::kStream, last);
       const bool masked = all_begin > key || all_end < key + S::kStream;
 #pragma unroll 1
       for (int step = still.warp_n(); step < S::kSteps; step += S::kWarpsN) {

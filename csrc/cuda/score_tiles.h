@@ -5,8 +5,7 @@
 #pragma once
 
 #include "core/score.h"
-#include "cuda/arch/gpu.h"
-#include "cuda/arch/reduce.h"
+#include "cuda/attention.h"
 
 namespace tokencomp::score {
 
@@ -46,8 +45,9 @@ struct Smem {
   alignas(128) uint4 stream[S::kStages][S::kStream][S::kPitch];
   uint4 kept[kKept][S::kTensor ? 1 : S::kPitch];
   alignas(16) float side[S::kStages][S::kStream];
-  float bias[S::kStill];   // of the still rows, where those are keys
-  Range range[S::kStill];  // of the still rows, where those are queries
+  int64_t offset[2][S::kWarpsM == 1 ? S::kStream : 1];  // of paged keys: the tiles loaded now and next
+  float bias[S::kStill];                                // of the still rows, where those are keys
+  Range range[S::kStill];                               // of the still rows, where those are queries
   float2 part[kWarps][16];
   int scratch[gpu::kMaxWarps];
 
@@ -70,8 +70,6 @@ __device__ __forceinline__ void unpack(uint4 raw, float (&out)[16 / sizeof(T)]) 
     out[e] = to_float(element);
   }
 }
-
-constexpr size_t kSmemOfSm80 = 163 << 10;  // what a block may have there
 
 // How rows are read: `n` elements a part, `parts` 1 or 2. `split_signs`: the row is one part, whose positive elements
 // make the first half and whose other elements the second. `base` is any address that may be read.
@@ -225,28 +223,5 @@ struct Still {
     }
   }
 };
-
-// scale * product, capped if asked for.
-struct Logits {
-  float scale, softcap;
-  __device__ explicit Logits(const Attention& a) : scale(a.scale), softcap(a.softcap) {}
-
-  // acc becomes what `factor()` turns into logits.
-  template <int kCount>
-  __device__ __forceinline__ void cap(float (&acc)[kCount]) const {
-    if (softcap > 0.0f) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) acc[i] = tanhf(acc[i] * (scale / softcap));
-    }
-  }
-  __device__ float factor() const { return softcap > 0.0f ? softcap : scale; }
-};
-
-// The bias of key j; -inf for NaN, 0 without a bias.
-__device__ __forceinline__ float bias_of(const Attention& a, int b, int kv, int j) {
-  if (!a.key_bias || j >= a.g.S) return 0.0f;
-  const float bias = a.key_bias[b * a.bias_stride_b + kv * a.bias_stride_h + j];
-  return bias == bias ? bias : -INFINITY;
-}
 
 }  // namespace tokencomp::score

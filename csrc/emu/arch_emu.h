@@ -123,6 +123,8 @@ inline uint64_t wgmma_descriptor_128b(const void* tile, EMU_LOC) {
   return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 inline void wgmma_fence(EMU_LOC) { emu::wgmma_fence(loc); }
+template <int N>
+inline void wgmma_hold(float (&)[N]) {}
 inline void wgmma_commit(EMU_LOC) { emu::wgmma_commit(loc); }
 template <int N>
 inline void wgmma_wait(EMU_LOC) {

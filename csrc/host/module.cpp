@@ -1,14 +1,17 @@
-// The host module `tokencomp._host`: facts about the build and the processor, and the pure plan functions, for Python.
+// The host module `tokencomp._host`: facts about the build and the processor, the pure plan functions, and
+// the pool of pages, for Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <map>
 #include <string>
 
+#include "core/decode_plan.h"
 #include "core/kcenter_plan.h"
 #include "core/topk_plan.h"
 #include "cpu/isa.h"
 #include "cpu/kcenter_plan.h"
+#include "host/page_pool_module.h"
 
 namespace py = pybind11;
 using namespace tokencomp;
@@ -34,6 +37,14 @@ py::dict cpu_features() {
   d["available"] = names(cpu::available_isas());
   d["compiled"] = names(cpu::compiled_isas());
   return d;
+}
+
+// Whether `count` integers in memory are all in [low, limit).
+bool all_within(uintptr_t memory, int64_t count, int64_t low, int64_t limit) {
+  const int* values = reinterpret_cast<const int*>(memory);
+  bool inside = true;
+  for (int64_t i = 0; i < count; ++i) inside &= values[i] >= low && values[i] < limit;
+  return inside;
 }
 
 template <class E>
@@ -108,6 +119,7 @@ std::vector<py::dict> topk_cuda_plans(int R, int S, int element_bytes, bool by_m
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
+  host::add_page_pool(m);
   m.def("build_info", &build_info, "Compilers and targets the package was built with.");
   m.def("cpu_features", &cpu_features, "Instruction-set levels: active, available on this machine, compiled.");
   m.def("kcenter_cpu_plan", &kcenter_cpu_plan, py::kw_only(), py::arg("objective"),
@@ -125,4 +137,10 @@ PYBIND11_MODULE(_host, m) {
         py::arg("max_cluster") = 8,
         "How topk_select (topp_select: by_mass) could run a problem on a CUDA device (default: H200): the plan it "
         "takes, then every candidate with its floor in microseconds, or the reason why it is refused.");
+  m.def("all_within", &all_within, py::arg("memory"), py::arg("count"), py::arg("low"), py::arg("limit"),
+        "Whether `count` int32 numbers at the address `memory` are all in [low, limit).");
+  m.def("decode_cuda_parts", &decode::plan_parts, py::kw_only(), py::arg("units"), py::arg("keys"),
+        py::arg("resident") = 3 * 132,
+        "Into how many parts paged_decode cuts `keys` on a CUDA device (default: H200) for `units` pairs of (sequence, "
+        "kv head), where `resident` blocks run at a time.");
 }

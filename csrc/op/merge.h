@@ -1,8 +1,6 @@
 // merge family at the torch boundary: the schemas, and the only place where their arguments are checked.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <tuple>
 
 #include "core/merge.h"
@@ -14,7 +12,7 @@ constexpr const char* kMatchSchema =
     "cosine_match(Tensor a, Tensor b, *, Tensor? a_index=None, Tensor? b_index=None, Tensor? a2=None, "
     "Tensor? b2=None, float alpha=1.0, Tensor? a_weight=None, Tensor? b_weight=None, int band=-1, "
     "int protect_a=0, int protect_b=0, Tensor? mask_a=None, Tensor? mask_b=None, "
-    "float? min_similarity=None, int top=1) -> (Tensor value, Tensor index)";
+    "float? min_similarity=None, int top=1, bool exclude_self=False) -> (Tensor value, Tensor index)";
 constexpr const char* kEnergySchema =
     "energy_score(Tensor x, float margin, *, float alpha=1.0, str kind='elu', int prefix=0, Tensor? mask=None) "
     "-> Tensor";
@@ -25,6 +23,12 @@ constexpr const char* kMapSchema =
 constexpr const char* kMergeSchema =
     "merge_tokens(Tensor x, Tensor token_map, SymInt out_tokens, Tensor? size=None, Tensor? weight=None, "
     "str mode='mean') -> (Tensor y, Tensor out_size)";
+
+// The three in one: the even/odd split of ToMe, or the lists of bipartite_map.
+constexpr const char* kBipartiteSchema =
+    "bipartite_merge(Tensor x, Tensor metric, SymInt r, Tensor? size=None, Tensor? weight=None, int prefix=1, "
+    "str order='tome', str mode='mean', Tensor? a_tokens=None, Tensor? b_tokens=None, Tensor? rest_tokens=None) -> "
+    "(Tensor y, Tensor out_size, Tensor token_map)";
 
 constexpr int64_t kMaxBatch = 65535, kMaxChannels = 1 << 20;
 constexpr int64_t kMaxTokens = 1 << 20;  // what index arithmetic in floats and int32 can hold, with room
@@ -95,8 +99,8 @@ inline MatchArgs make_match_args(const Tensor& a, const Tensor& b, const std::op
                                  const std::optional<Tensor>& b2, double alpha, const std::optional<Tensor>& a_weight,
                                  const std::optional<Tensor>& b_weight, int64_t band, int64_t protect_a,
                                  int64_t protect_b, const std::optional<Tensor>& mask_a,
-                                 const std::optional<Tensor>& mask_b, std::optional<double> min_similarity,
-                                 int64_t top) {
+                                 const std::optional<Tensor>& mask_b, std::optional<double> min_similarity, int64_t top,
+                                 bool exclude_self) {
   constexpr const char* op = "cosine_match";
   MatchArgs m;
   check_tokens(op, "a", a);
@@ -122,7 +126,8 @@ inline MatchArgs make_match_args(const Tensor& a, const Tensor& b, const std::op
   }
   m.B = int(a.size(0));
   m.C = int(a.size(2));
-  m.band = int(band < 0 ? -1 : band < kMaxTokens ? band : kMaxTokens);
+  if (band >= 0) m.farthest = int(band < kMaxTokens ? band : kMaxTokens);
+  m.nearest = exclude_self ? 1 : 0;
   m.top = int(top);
   m.alpha = float(alpha);
   if (min_similarity) m.min_similarity = float(*min_similarity);
@@ -137,8 +142,7 @@ struct MatchOutputs {
 
 inline MatchOutputs make_match_outputs(MatchArgs& m, const Tensor& a) {
   const auto make = [&](ScalarType type) {
-    return m.top == 1 ? torch::stable::new_empty(a, {m.B, m.a.R}, type)
-                      : torch::stable::new_empty(a, {m.B, m.a.R, m.top}, type);
+    return m.top == 1 ? new_output(a, {m.B, m.a.R}, type) : new_output(a, {m.B, m.a.R, m.top}, type);
   };
   MatchOutputs out{make(ScalarType::Float), make(ScalarType::Int)};
   m.value = static_cast<float*>(out.value.mutable_data_ptr());
@@ -171,39 +175,37 @@ inline EnergyArgs make_energy_args(const Tensor& x, double margin, double alpha,
 }
 
 inline Tensor make_energy_output(EnergyArgs& e, const Tensor& x) {
-  Tensor out = torch::stable::new_empty(x, {e.B, e.x.N}, ScalarType::Float);
+  Tensor out = new_output(x, {e.B, e.x.N}, ScalarType::Float);
   e.energy = static_cast<float*>(out.mutable_data_ptr());
   return out;
 }
 
-inline MapArgs make_map_args(const Tensor& value, const Tensor& index, int64_t r, int64_t tokens, int64_t prefix,
-                             bool distill, const std::string& order, const std::optional<Tensor>& a_tokens,
-                             const std::optional<Tensor>& b_tokens, const std::optional<Tensor>& rest_tokens) {
-  constexpr const char* op = "bipartite_map";
+// The map of a match of B items with Ra rows; `like` is on the device that everything has to be on. Values and columns
+// of the match are left to the caller.
+inline MapArgs make_plan(const char* op, const Tensor& like, const char* like_name, int64_t B, int64_t Ra, int64_t r,
+                         int64_t tokens, int64_t prefix, const std::string& order,
+                         const std::optional<Tensor>& a_tokens, const std::optional<Tensor>& b_tokens,
+                         const std::optional<Tensor>& rest_tokens) {
   MapArgs m;
-  STD_TORCH_CHECK(value.dim() == 2, op, ": value must have shape [B, Ra], got ", shape_of(value));
-  const int64_t B = value.size(0), Ra = value.size(1);
   STD_TORCH_CHECK(B <= kMaxBatch, op, ": B must be at most ", kMaxBatch, ", got ", B);
-  STD_TORCH_CHECK(Ra <= kMaxMapRows, op, ": value must hold at most ", kMaxMapRows, " rows, got ", Ra);
+  STD_TORCH_CHECK(Ra <= kMaxMapRows, op, ": ", like_name, " must hold at most ", kMaxMapRows, " rows, got ", Ra);
   STD_TORCH_CHECK(tokens >= 0 && tokens <= kMaxTokens, op, ": tokens must be in [0, ", kMaxTokens, "], got ", tokens);
   STD_TORCH_CHECK(r >= 0, op, ": r must not be negative, got ", r);
-  STD_TORCH_CHECK(prefix >= 0, op, ": prefix must not be negative, got ", prefix);
   m.order = choice<Order>(op, "order", order, {"tome", "index", "similarity", "position"});
   STD_TORCH_CHECK(a_tokens.has_value() == b_tokens.has_value(), op,
                   ": a_tokens and b_tokens must be given together, got one of them");
   STD_TORCH_CHECK(a_tokens || !rest_tokens, op, ": rest_tokens must come with a_tokens and b_tokens, got it alone");
-  STD_TORCH_CHECK(a_tokens || Ra == (tokens + 1) / 2, op, ": value must have shape [B, ", (tokens + 1) / 2,
-                  "] without a_tokens, got ", shape_of(value));
+  STD_TORCH_CHECK(a_tokens || Ra == (tokens + 1) / 2, op, ": ", like_name, " must have shape [B, ", (tokens + 1) / 2,
+                  "] without a_tokens, got [", B, ", ", Ra, "]");
   const int64_t Rb = b_tokens ? list_length(op, "b_tokens", *b_tokens, B) : tokens / 2;
   const int64_t Rr = rest_tokens ? list_length(op, "rest_tokens", *rest_tokens, B) : 0;
-  m.value = side_array<float>(op, "value", value, value, ScalarType::Float, {B, Ra});
-  m.index = side_array<int>(op, "index", index, value, ScalarType::Int, {B, Ra});
-  m.a_tokens = side_array<int>(op, "a_tokens", a_tokens, value, ScalarType::Int, {B, Ra});
-  m.b_tokens = side_array<int>(op, "b_tokens", b_tokens, value, ScalarType::Int, {B, Rb});
-  m.rest_tokens = side_array<int>(op, "rest_tokens", rest_tokens, value, ScalarType::Int, {B, Rr});
+  m.a_tokens = side_array<int>(op, "a_tokens", a_tokens, like, ScalarType::Int, {B, Ra}, like_name);
+  m.b_tokens = side_array<int>(op, "b_tokens", b_tokens, like, ScalarType::Int, {B, Rb}, like_name);
+  m.rest_tokens = side_array<int>(op, "rest_tokens", rest_tokens, like, ScalarType::Int, {B, Rr}, like_name);
   STD_TORCH_CHECK(Ra + Rb + Rr <= tokens, op, ": a_tokens, b_tokens and rest_tokens must list at most tokens=", tokens,
                   " tokens together, got ", Ra + Rb + Rr);
-  const int64_t led = prefix + distill < tokens ? prefix + distill : tokens;
+  STD_TORCH_CHECK(prefix >= 0, op, ": prefix must not be negative, got ", prefix);
+  const int64_t led = prefix < tokens ? prefix : tokens;
   const int64_t most = a_tokens ? Ra : (tokens - led) / 2;
   m.B = int(B);
   m.N = int(tokens);
@@ -213,28 +215,37 @@ inline MapArgs make_map_args(const Tensor& value, const Tensor& index, int64_t r
   m.r = int(r < most ? r : most);
   m.prefix = int(led);
   if (m.order == Order::tome) m.order = led > 0 ? Order::index : Order::similarity;
-  m.device = value.get_device_index();
+  m.device = like.get_device_index();
+  return m;
+}
+
+inline MapArgs make_map_args(const Tensor& value, const Tensor& index, int64_t r, int64_t tokens, int64_t prefix,
+                             bool distill, const std::string& order, const std::optional<Tensor>& a_tokens,
+                             const std::optional<Tensor>& b_tokens, const std::optional<Tensor>& rest_tokens) {
+  constexpr const char* op = "bipartite_map";
+  STD_TORCH_CHECK(value.dim() == 2, op, ": value must have shape [B, Ra], got ", shape_of(value));
+  STD_TORCH_CHECK(prefix >= 0, op, ": prefix must not be negative, got ", prefix);
+  const int64_t B = value.size(0), Ra = value.size(1);
+  MapArgs m = make_plan(op, value, "value", B, Ra, r, tokens, prefix + distill, order, a_tokens, b_tokens, rest_tokens);
+  m.value = side_array<float>(op, "value", value, value, ScalarType::Float, {B, Ra});
+  m.index = side_array<int>(op, "index", index, value, ScalarType::Int, {B, Ra}, "value");
   return m;
 }
 
 inline Tensor make_map_output(MapArgs& m, const Tensor& value) {
-  Tensor out = torch::stable::new_empty(value, {m.B, m.N}, ScalarType::Int);
+  Tensor out = new_output(value, {m.B, m.N}, ScalarType::Int);
   m.map = static_cast<int*>(out.mutable_data_ptr());
   return out;
 }
 
-inline MergeArgs make_merge_args(const Tensor& x, const Tensor& token_map, int64_t out_tokens,
-                                 const std::optional<Tensor>& size, const std::optional<Tensor>& weight,
-                                 const std::string& mode) {
-  constexpr const char* op = "merge_tokens";
+// How rows are merged; the map and the number of output rows are left to the caller.
+inline MergeArgs make_rows(const char* op, const Tensor& x, const std::optional<Tensor>& size,
+                           const std::optional<Tensor>& weight, const std::string& mode) {
   MergeArgs m;
   check_tokens(op, "x", x);
   m.dtype = dtype_of(op, "x", x);
   m.mode = choice<Mode>(op, "mode", mode, {"mean", "sum", "amax", "drop", "mlerp"});
   const int64_t B = x.size(0), N = x.size(1);
-  STD_TORCH_CHECK(out_tokens >= 0 && out_tokens <= kMaxTokens, op, ": out_tokens must be in [0, ", kMaxTokens,
-                  "], got ", out_tokens);
-  m.map = side_array<int>(op, "token_map", token_map, x, ScalarType::Int, {B, N});
   m.size = side_array<float>(op, "size", size, x, ScalarType::Float, {B, N});
   m.weight = side_array<float>(op, "weight", weight, x, ScalarType::Float, {B, N});
   m.x = x.const_data_ptr();
@@ -242,9 +253,20 @@ inline MergeArgs make_merge_args(const Tensor& x, const Tensor& token_map, int64
   m.x_stride_n = x.stride(1);
   m.B = int(B);
   m.N = int(N);
-  m.M = int(out_tokens);
   m.C = int(x.size(2));
   m.device = x.get_device_index();
+  return m;
+}
+
+inline MergeArgs make_merge_args(const Tensor& x, const Tensor& token_map, int64_t out_tokens,
+                                 const std::optional<Tensor>& size, const std::optional<Tensor>& weight,
+                                 const std::string& mode) {
+  constexpr const char* op = "merge_tokens";
+  MergeArgs m = make_rows(op, x, size, weight, mode);
+  STD_TORCH_CHECK(out_tokens >= 0 && out_tokens <= kMaxTokens, op, ": out_tokens must be in [0, ", kMaxTokens,
+                  "], got ", out_tokens);
+  m.map = side_array<int>(op, "token_map", token_map, x, ScalarType::Int, {m.B, m.N});
+  m.M = int(out_tokens);
   return m;
 }
 
@@ -254,10 +276,80 @@ struct MergeOutputs {
 };
 
 inline MergeOutputs make_merge_outputs(MergeArgs& m, const Tensor& x) {
-  MergeOutputs out{torch::stable::new_empty(x, {m.B, m.M, m.C}),
-                   torch::stable::new_empty(x, {m.B, m.M}, ScalarType::Float)};
+  MergeOutputs out{new_output(x, {m.B, m.M, m.C}, x.scalar_type()), new_output(x, {m.B, m.M}, ScalarType::Float)};
   m.y = out.y.mutable_data_ptr();
   m.out_size = static_cast<float*>(out.size.mutable_data_ptr());
+  return out;
+}
+
+// Even (parity 0) or odd tokens of `metric`, without the prefix tokens among them.
+inline Side half_of(const Tensor& metric, DType dtype, int parity, int prefix) {
+  Side s;
+  const int64_t bytes = dtype == DType::f32 ? 4 : 2;
+  s.x = static_cast<const char*>(metric.const_data_ptr()) + parity * metric.stride(1) * bytes;
+  s.stride_b = metric.stride(0);
+  s.stride_n = 2 * metric.stride(1);
+  s.N = s.R = int((metric.size(1) + 1 - parity) / 2);
+  s.protect = (prefix + 1 - parity) / 2;
+  return s;
+}
+
+// A match, the map that is made of it, and the merge by that map. The map reads what the match writes: value and index,
+// [B, Ra], are the caller's to provide.
+struct BipartiteArgs {
+  MatchArgs match;
+  MapArgs map;
+  MergeArgs merge;
+
+  void through(float* value, int* index) {
+    map.value = match.value = value;
+    map.index = match.index = index;
+  }
+};
+
+inline BipartiteArgs make_bipartite_args(const Tensor& x, const Tensor& metric, int64_t r,
+                                         const std::optional<Tensor>& size, const std::optional<Tensor>& weight,
+                                         int64_t prefix, const std::string& order, const std::string& mode,
+                                         const std::optional<Tensor>& a_tokens, const std::optional<Tensor>& b_tokens,
+                                         const std::optional<Tensor>& rest_tokens) {
+  constexpr const char* op = "bipartite_merge";
+  BipartiteArgs all;
+  all.merge = make_rows(op, x, size, weight, mode);
+  check_tokens(op, "metric", metric);
+  all.match.dtype = dtype_of(op, "metric", metric);
+  STD_TORCH_CHECK(same_device(metric, x), op, ": metric must be on the device of x, got another device");
+  const int64_t B = x.size(0), N = x.size(1);
+  STD_TORCH_CHECK(metric.size(0) == B && metric.size(1) == N, op, ": metric must have shape [B=", B, ", N=", N,
+                  ", D], got ", shape_of(metric));
+  const int64_t Ra = a_tokens ? list_length(op, "a_tokens", *a_tokens, B) : (N + 1) / 2;
+  all.map = make_plan(op, metric, "metric", B, Ra, r, N, prefix, order, a_tokens, b_tokens, rest_tokens);
+  MatchArgs& m = all.match;
+  m.B = int(B);
+  m.C = int(metric.size(2));
+  m.device = metric.get_device_index();
+  if (a_tokens) {
+    const auto side = [&](const char* name, const std::optional<Tensor>& tokens) {
+      return make_side(op, {"metric", name, "", "", "", ""}, metric, tokens, std::nullopt, std::nullopt, 0,
+                       std::nullopt);
+    };
+    m.a = side("a_tokens", a_tokens);
+    m.b = side("b_tokens", b_tokens);
+  } else {
+    m.a = half_of(metric, m.dtype, 0, all.map.prefix);
+    m.b = half_of(metric, m.dtype, 1, all.map.prefix);
+  }
+  all.merge.M = int(N) - all.map.r;
+  return all;
+}
+
+struct BipartiteOutputs {
+  MergeOutputs merged;
+  Tensor map;  // [B, N] int32
+};
+
+inline BipartiteOutputs make_bipartite_outputs(BipartiteArgs& all, const Tensor& x) {
+  BipartiteOutputs out{make_merge_outputs(all.merge, x), make_map_output(all.map, x)};
+  all.merge.map = all.map.map;
   return out;
 }
 

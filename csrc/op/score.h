@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "core/score.h"
-#include "op/check.h"
+#include "op/attention.h"
 
 namespace tokencomp::score {
 
@@ -20,95 +20,13 @@ constexpr const char* kSchemas[] = {
     "softcap=None, str heads='none', int power=1) -> Tensor",
     "attention_lse(Tensor q, Tensor k, *, float scale, Tensor? key_bias=None, Tensor? q_position=None, Tensor? "
     "lengths=None, Tensor? starts=None, bool causal=True, int? window=None, float? softcap=None) -> Tensor",
-    "qk_scores(Tensor q, Tensor k, *, float scale, Tensor? k_min=None, Tensor? key_bias=None, Tensor? lengths=None, "
-    "Tensor? starts=None, float? softcap=None) -> (Tensor scores, Tensor lse)",
+    "qk_scores(Tensor q, Tensor k, *, float scale, Tensor? block_table=None, Tensor? k_min=None, Tensor? "
+    "key_bias=None, Tensor? lengths=None, Tensor? starts=None, float? softcap=None) -> (Tensor scores, Tensor lse)",
     "head_vote(Tensor scores, Tensor? lse=None, *, str mode='softmax_sum', int groups=1) -> Tensor",
     "decay_score_(Tensor(a!) score, Tensor logits, Tensor? lse=None, *, float gamma=1.0, Tensor? lengths=None, str "
     "heads='kv_sum', int power=1, Tensor(b!)? count=None, Tensor(c!)? last=None, Tensor(d!)? interval=None, int "
     "step=0, float alpha=1.0) -> ()",
 };
-
-using MaybeTensor = std::optional<Tensor>;
-
-constexpr int64_t kMaxBatch = 65535, kMaxHeads = 65535, kMaxTokens = 1 << 28;
-
-// Where a row sits and what it may see, as the operators take it.
-struct Sight {
-  MaybeTensor q_position, lengths, starts;
-  bool causal;
-  std::optional<int64_t> window;
-};
-
-inline int in_int(const char* op, const char* argument, int64_t value, int64_t low, int64_t high) {
-  STD_TORCH_CHECK(value >= low && value <= high, op, ": ", argument, " must be in [", low, ", ", high, "], got ",
-                  value);
-  return int(value);
-}
-
-inline void check_last_contiguous(const char* op, const char* argument, const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) == 1, op, ": ", argument,
-                  " must be contiguous in its last dimension, got stride ", t.stride(last));
-}
-
-// q [B, Hq, T, D] and k [B, Hkv, S, D] against each other.
-inline Attention make_attention(const char* op, const Tensor& q, const Tensor& k, double scale,
-                                std::optional<double> softcap) {
-  STD_TORCH_CHECK(q.dim() == 4, op, ": q must have shape [B, Hq, T, D], got ", shape_of(q));
-  STD_TORCH_CHECK(k.dim() == 4, op, ": k must have shape [B, Hkv, S, D], got ", shape_of(k));
-  Attention a{};
-  a.dtype = dtype_of(op, "q", q);
-  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type(), op, ": k must have the dtype of q, ",
-                  torch::headeronly::toString(q.scalar_type()), ", got ", torch::headeronly::toString(k.scalar_type()));
-  STD_TORCH_CHECK(same_device(q, k), op, ": k must be on the device of q, got another device");
-  STD_TORCH_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3), op, ": k must have shape [B=", q.size(0),
-                  ", Hkv, S, D=", q.size(3), "], got ", shape_of(k));
-  Geometry& g = a.g;
-  g.B = in_int(op, "B", q.size(0), 0, kMaxBatch);
-  g.Hq = in_int(op, "Hq", q.size(1), 1, kMaxHeads);
-  g.Hkv = in_int(op, "Hkv", k.size(1), 1, kMaxHeads);
-  g.T = in_int(op, "T", q.size(2), 0, kMaxTokens);
-  g.S = in_int(op, "S", k.size(2), 0, kMaxTokens);
-  g.D = in_int(op, "head dimension D", q.size(3), 1, kMaxHeadDim);
-  STD_TORCH_CHECK(g.Hq % g.Hkv == 0, op, ": Hq must be a multiple of Hkv=", g.Hkv, ", got ", g.Hq);
-  check_last_contiguous(op, "q", q);
-  check_last_contiguous(op, "k", k);
-  STD_TORCH_CHECK(std::isfinite(scale) && scale > 0, op, ": scale must be finite and > 0, got ", scale);
-  STD_TORCH_CHECK(!softcap || (std::isfinite(*softcap) && *softcap > 0), op, ": softcap must be finite and > 0, got ",
-                  softcap.value_or(0));
-  a.scale = float(scale);
-  a.softcap = float(softcap.value_or(0));
-  a.q = q.const_data_ptr();
-  a.k = k.const_data_ptr();
-  a.q_stride_b = q.stride(0), a.q_stride_h = q.stride(1), a.q_stride_t = q.stride(2);
-  a.k_stride_b = k.stride(0), a.k_stride_h = k.stride(1), a.k_stride_s = k.stride(2);
-  a.device = q.get_device_index();
-  return a;
-}
-
-inline void add_bias(const char* op, Attention& a, const Tensor& q, const MaybeTensor& key_bias) {
-  if (!key_bias) return;
-  const int64_t heads = key_bias->dim() == 3 && key_bias->size(1) == 1 ? 1 : a.g.Hkv;
-  a.key_bias = side_array<float>(op, "key_bias", key_bias, q, ScalarType::Float, {a.g.B, heads, a.g.S});
-  a.bias_stride_b = heads * a.g.S;
-  a.bias_stride_h = heads == 1 ? 0 : a.g.S;
-}
-
-inline void add_sight(const char* op, Attention& a, const Tensor& q, const Sight& sight) {
-  Geometry& g = a.g;
-  if (sight.q_position) {
-    const int64_t batch = sight.q_position->dim() == 2 && sight.q_position->size(0) == 1 ? 1 : g.B;
-    g.q_position = side_array<int>(op, "q_position", sight.q_position, q, ScalarType::Int, {batch, g.T});
-    g.position_stride = batch == 1 ? 0 : g.T;
-  }
-  g.lengths = side_array<int>(op, "lengths", sight.lengths, q, ScalarType::Int, {g.B});
-  g.starts = side_array<int>(op, "starts", sight.starts, q, ScalarType::Int, {g.B});
-  g.causal = sight.causal;
-  if (sight.window) {
-    STD_TORCH_CHECK(sight.causal, op, ": window must be None unless causal, got ", *sight.window);
-    g.window = in_int(op, "window", *sight.window, 1, kMaxTokens);
-  }
-}
 
 inline int power_of(const char* op, int64_t power) {
   STD_TORCH_CHECK(power == 1 || power == 2, op, ": power must be 1 or 2, got ", power);
@@ -166,26 +84,36 @@ inline Tensor make_lse_output(LseArgs& l, const Tensor& q) {
   return lse;
 }
 
-inline LseArgs make_qk_args(const Tensor& q, const Tensor& k, double scale, const MaybeTensor& k_min,
-                            const MaybeTensor& key_bias, const MaybeTensor& lengths, const MaybeTensor& starts,
-                            std::optional<double> softcap) {
+// The smallest value of each channel beside the largest: laid out as k, so that one offset serves both.
+inline void add_minima(const char* op, Attention& a, const Tensor& k, const MaybeTensor& k_min) {
+  if (!k_min) return;
+  STD_TORCH_CHECK(same_device(*k_min, k) && k_min->scalar_type() == k.scalar_type(), op,
+                  ": k_min must have the device and dtype of k, got another");
+  STD_TORCH_CHECK(has_shape(*k_min, {k.size(0), k.size(1), k.size(2), k.size(3)}), op,
+                  ": k_min must have the shape of k, ", shape_of(k), ", got ", shape_of(*k_min));
+  for (int64_t i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(k_min->size(i) <= 1 || k_min->stride(i) == k.stride(i), op,
+                    ": k_min must have the strides of k, got stride ", k_min->stride(i), " in dimension ", i);
+  }
+  a.k_min = k_min->const_data_ptr();
+}
+
+inline LseArgs make_qk_args(const Tensor& q, const Tensor& k, double scale, const MaybeTensor& block_table,
+                            const MaybeTensor& k_min, const MaybeTensor& key_bias, const MaybeTensor& lengths,
+                            const MaybeTensor& starts, std::optional<double> softcap) {
   constexpr const char* op = "qk_scores";
   STD_TORCH_CHECK(q.dim() == 3, op, ": q must have shape [B, Hq, D], got ", shape_of(q));
   LseArgs l{};
-  l.a = make_attention(op, torch::stable::unsqueeze(q, 2), k, scale, softcap);
+  l.a = make_attention(op, torch::stable::unsqueeze(q, 2), k, scale, softcap, block_table);
   add_bias(op, l.a, q, key_bias);
-  add_sight(op, l.a, q, {{}, lengths, starts, false, {}});
-  if (k_min) {
-    STD_TORCH_CHECK(same_device(*k_min, k) && k_min->scalar_type() == k.scalar_type(), op,
-                    ": k_min must have the device and dtype of k, got another");
-    STD_TORCH_CHECK(has_shape(*k_min, {k.size(0), k.size(1), k.size(2), k.size(3)}), op,
-                    ": k_min must have the shape of k, ", shape_of(k), ", got ", shape_of(*k_min));
-    for (int64_t i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(k_min->size(i) <= 1 || k_min->stride(i) == k.stride(i), op,
-                      ": k_min must have the strides of k, got stride ", k_min->stride(i), " in dimension ", i);
-    }
-    l.a.k_min = k_min->const_data_ptr();
-  }
+  add_sight(op, l.a, q, {{}, {}, starts, false, {}});
+  Geometry& g = l.a.g;
+  const bool per_head = lengths && lengths->dim() == 2;
+  g.lengths = per_head ? side_array<int>(op, "lengths", lengths, q, ScalarType::Int, {g.B, g.Hkv})
+                       : side_array<int>(op, "lengths", lengths, q, ScalarType::Int, {g.B});
+  g.lengths_b = per_head ? g.Hkv : 1;
+  g.lengths_h = per_head ? 1 : 0;
+  add_minima(op, l.a, k, k_min);
   return l;
 }
 

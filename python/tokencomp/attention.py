@@ -1,12 +1,13 @@
 """Attention with torch's signature that also says what each key received.
 
-The output comes from torch's own kernels; log-sum-exps and column sums from ``tokencomp.ops``, in O(T + S)
-memory. What neither covers (soft caps, sinks, sums under an arbitrary mask) is computed exactly in blocks of
-rows: O(block * S) memory, never T * S.
+The output and its log-sum-exps come from ``ops.flash_prefill`` or from torch's own kernels (argument
+``kernel``, field ``Attention.kernel``), column sums from ``tokencomp.ops``, in O(T + S) memory. What torch's
+kernels do not cover (soft caps, sinks, sums under an arbitrary mask) is computed exactly in blocks of rows:
+O(block * S) memory, never T * S.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +19,22 @@ from tokencomp.ops.score import Heads
 ROW_BLOCK = 128
 HEADS = ("none", "kv_sum", "kv_mean", "kv_max", "mean", "rms")
 NAME = "scaled_dot_product_attention"
+Kernel = Literal["auto", "tokencomp", "torch"]
+KERNELS = ("auto", "tokencomp", "torch")
+FEWEST_ROWS = 32  # with fewer, packing all keys costs more than it saves; measured, see bench/NOTES.md
+WIDEST_HEAD = 256
 
 
 class Attention(NamedTuple):
     """What attention computed: ``output`` as torch returns it and, where asked for, ``lse`` ``[B, Hq, T]``
-    and column sums ``columns`` ``[B, H*, S]``, both float32 and without gradient.
+    and column sums ``columns`` ``[B, H*, S]``, both float32 and without gradient. ``kernel`` says what made
+    the output: ``tokencomp`` or ``torch``.
     """
 
     output: Tensor
     lse: Tensor | None = None
     columns: Tensor | None = None
+    kernel: str = "torch"
 
 
 class _Rule(NamedTuple):
@@ -62,6 +69,7 @@ def scaled_dot_product_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kernel: Kernel = "auto",
 ) -> Tensor | Attention:
     """``torch.nn.functional.scaled_dot_product_attention`` and, on request, its log-sum-exps and column sums.
 
@@ -92,19 +100,23 @@ def scaled_dot_product_attention(
         window: sliding window in keys, the row's own included; needs ``is_causal``.
         softcap: ``z = softcap * tanh(z / softcap)`` before masks.
         sinks: ``[Hq]`` logits that take part in the softmax and have no value (gpt-oss).
+        kernel: ``torch``: torch's kernels. ``tokencomp``: ``ops.flash_prefill``, which takes no
+            ``attn_mask``, no dropout and no gradients, float32, float16 or bfloat16, head dimensions up to
+            256. ``auto``: tokencomp on the CPU for 32 rows or more, where it takes the call; else torch.
 
     Returns:
         The output ``[B, Hq, T, Dv]``, or ``Attention`` where log-sum-exps or columns are asked for.
 
     Raises:
-        ValueError: arguments that exclude each other, or heads, masks or sinks of a wrong shape.
+        ValueError: arguments that exclude each other, or heads, masks or sinks of a wrong shape, or a call
+            that ``kernel="tokencomp"`` does not take.
         RuntimeError: what ``torch`` or ``ops.column_score`` refuse; the latter takes float32, float16 and
             bfloat16, D <= 256.
     """
     result = attend(
         q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
         return_columns=return_columns, column_weights=column_weights, heads=heads, key_mask=key_mask,
-        query_mask=query_mask, window=window, softcap=softcap, sinks=sinks,
+        query_mask=query_mask, window=window, softcap=softcap, sinks=sinks, kernel=kernel,
     )  # fmt: skip
     return result.output if result.lse is None and result.columns is None else result
 
@@ -128,6 +140,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kernel: Kernel = "auto",
 ) -> Attention:
     """``scaled_dot_product_attention`` that always returns ``Attention``."""
     _check_shapes(q, k, v, enable_gqa, sinks, heads)
@@ -136,6 +149,8 @@ def attend(
     rule = _Rule(factor, attn_mask, key_mask, is_causal, window, softcap, sinks, dropout_p)
     columns = return_columns or column_weights is not None
     weights = _row_weights(q, k, column_weights, query_mask, rule) if columns else None
+    if _takes_tokencomp(kernel, q, k, v, rule):
+        return _by_tokencomp(q, k, v, weights, rule, return_lse, columns, heads)
 
     if softcap is not None or sinks is not None:
         output, lse, summed = _by_rows(q, k, v, weights, rule, columns)
@@ -149,6 +164,66 @@ def attend(
     assert output is not None
     reduced = None if summed is None else _reduce_heads(summed, k.shape[1], heads)
     return Attention(output, lse if return_lse else None, reduced)
+
+
+def _takes_tokencomp(kernel: str, q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> bool:
+    """Whether ``ops.flash_prefill`` computes this call, by the rule that ``kernel`` documents."""
+    if kernel not in KERNELS:
+        raise ValueError(f"{NAME}: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    if kernel == "torch":
+        return False
+    obstacle = _obstacle(q, k, v, rule)
+    if kernel == "tokencomp" and obstacle:
+        raise ValueError(f"{NAME}: kernel 'tokencomp' takes no {obstacle}; use kernel='torch'")
+    return kernel == "tokencomp" or (not obstacle and q.device.type == "cpu" and q.shape[2] >= FEWEST_ROWS)
+
+
+def _obstacle(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> str:
+    """What of this call ``ops.flash_prefill`` does not take; empty where it takes it."""
+    inputs = [q, k, v] + ([] if rule.sinks is None else [rule.sinks])
+    if rule.mask is not None:
+        return "attn_mask"
+    if rule.dropout:
+        return "dropout"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return "gradients"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
+        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}"
+    if not (0 < q.shape[-1] <= WIDEST_HEAD and 0 < v.shape[-1] <= WIDEST_HEAD):
+        return f"head dimensions {q.shape[-1]}, {v.shape[-1]}"
+    if any(t.stride(-1) != 1 and t.shape[-1] != 1 for t in (q, k, v)):
+        return "heads that are not contiguous"
+    return ""
+
+
+def _key_bias(rule: _Rule, device: torch.device) -> Tensor | None:
+    if rule.key_mask is None:
+        return None
+    return torch.zeros(rule.key_mask.shape, device=device).masked_fill(~rule.key_mask, -math.inf)
+
+
+def _by_tokencomp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor | None,
+    rule: _Rule,
+    return_lse: bool,
+    columns: bool,
+    heads: Heads,
+) -> Attention:
+    bias = _key_bias(rule, k.device)
+    output, lse = ops.flash_prefill(
+        q, k, v, scale=rule.scale, key_bias=bias, causal=rule.causal, window=rule.window,
+        softcap=rule.softcap, sinks=rule.sinks,
+    )  # fmt: skip
+    summed = None
+    if columns:
+        summed = ops.column_score(
+            q, k, lse, scale=rule.scale, row_weight=weights, key_bias=bias, causal=rule.causal,
+            window=rule.window, softcap=rule.softcap, heads=heads,
+        )  # fmt: skip
+    return Attention(output, lse if return_lse else None, summed, "tokencomp")
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
@@ -172,9 +247,7 @@ def _by_operators(
     columns: bool,
     heads: Heads,
 ) -> tuple[Tensor | None, Tensor | None]:
-    q, k, bias = q.detach(), k.detach(), None
-    if rule.key_mask is not None:
-        bias = torch.zeros(rule.key_mask.shape, device=k.device).masked_fill(~rule.key_mask, -math.inf)
+    q, k, bias = q.detach(), k.detach(), _key_bias(rule, k.device)
     lse = ops.attention_lse(q, k, scale=rule.scale, key_bias=bias, causal=rule.causal, window=rule.window)
     summed = None
     if columns:

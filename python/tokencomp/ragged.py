@@ -40,6 +40,8 @@ def compact_rows(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """The rows ``index`` ``[B, M]`` of ``x`` ``[B, N, ...]``: ``[B, M, ...]``, zeros in holes."""
+    if x.shape[1] == 0:
+        return x.new_zeros(*index.shape, *x.shape[2:])
     rows = index.clamp(min=0).long().view(*index.shape, *[1] * (x.dim() - 2))
     taken = x.gather(1, rows.expand(*index.shape, *x.shape[2:]))
     return taken.masked_fill((index < 0).view(rows.shape), 0)

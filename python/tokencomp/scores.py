@@ -5,6 +5,7 @@ Forgetting, windows, probes and ramps are vectors of row weights; PageRank is a 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -187,20 +188,35 @@ def attention_pagerank(
             q, k, scale=scale, causal=causal, key_bias=key_bias, lengths=lengths, q_position=position
         )
     s = even if start is None else (start.float() * exists).expand(batch, heads, tokens)
-    for _ in range(iterations):
-        s = ops.column_score(
+
+    def vote(weight: Tensor) -> Tensor:
+        return ops.column_score(
             q,
             k,
             lse,
             scale=scale,
-            row_weight=s,
+            row_weight=weight,
             causal=causal,
             key_bias=key_bias,
             lengths=lengths,
             q_position=position,
         )
-        if damping > 0:
-            s = (1 - damping) * s + damping * even
+
+    return power_steps(vote, s, even, iterations, damping)
+
+
+def power_steps(
+    vote: Callable[[Tensor], Tensor], start: Tensor, even: Tensor, iterations: int, damping: float
+) -> Tensor:
+    """``iterations`` times ``s <- (1 - damping) vote(s) + damping * even``, from ``s = start``.
+
+    ``vote`` adds up what every token receives where each gives its own s to the tokens it is linked to.
+    Holding the matrix of links between steps was measured: no faster at 40 of them, slower below.
+    """
+    s = start
+    for _ in range(iterations):
+        s = vote(s)
+        s = s if damping == 0 else (1 - damping) * s + damping * even
     return s
 
 
@@ -244,12 +260,12 @@ def similarity_pagerank(
     degree = similar(exists)
     links = degree > 1e-12
     even = exists / exists.sum(1, keepdim=True).clamp(min=1)
-    p = even
-    for _ in range(iterations):
+
+    def vote(p: Tensor) -> Tensor:
         given = similar(torch.where(links, p / torch.where(links, degree, 1.0), 0.0))
-        spread = torch.where(links, 0.0, p).sum(1, keepdim=True) * even
-        p = (1 - damping) * (given + spread) + damping * even
-    return p.float()
+        return given + torch.where(links, 0.0, p).sum(1, keepdim=True) * even
+
+    return power_steps(vote, even, even, iterations, damping).float()
 
 
 def head_filter(score: Tensor, *, low: float = 0.01, high: float = 0.7) -> Tensor:

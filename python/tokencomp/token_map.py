@@ -6,6 +6,8 @@ A map ``[B, N]`` of integers gives for each token its row in the output of a mer
 import torch
 from torch import Tensor
 
+from tokencomp import ragged
+
 
 def merged_count(tokens: int, r: int, *, prefix: int = 1) -> int:
     """How many tokens ``bipartite_map`` leaves of ``tokens`` with its even/odd split: r is capped there."""
@@ -44,11 +46,7 @@ def unmerge(y: Tensor, token_map: Tensor) -> Tensor:
     Returns:
         ``[B, N, C]`` of the dtype of ``y``.
     """
-    kept = (token_map >= 0)[..., None]
-    if y.shape[1] == 0:
-        return y.new_zeros(*token_map.shape, y.shape[2])
-    rows = y.gather(1, token_map.clamp(min=0).long()[..., None].expand(-1, -1, y.shape[2]))
-    return torch.where(kept, rows, 0)
+    return ragged.gather_rows(y, token_map)
 
 
 def group_sizes(token_map: Tensor, out_tokens: int, size: Tensor | None = None) -> Tensor:

@@ -121,6 +121,11 @@ def complaints(kernels: list[Kernel], limits: dict[str, int]) -> list[str]:
     return found
 
 
+def serialized(text: str) -> bool:
+    """Whether ptxas made warpgroup products of a kernel wait for each other."""
+    return "wgmma.mma_async instructions are serialized" in text
+
+
 def logs_of(stem: str) -> list[Path]:
     return [log for log in sorted(LOGS.glob(f"{stem}*.log")) if log.name.split(".")[0] == stem]
 
@@ -144,6 +149,7 @@ def test_product_kernels(stem: str) -> None:
     if stem.endswith("_sm90"):
         assert archs == {"sm_90a"}
     assert not complaints(kernels, budgets(SOURCES[stem]))
+    assert not any(serialized(log.read_text()) for log in logs)
 
 
 @pytest.mark.skipif(not cuda_was_built(), reason="built without nvcc: nothing was compiled for a GPU")
@@ -175,6 +181,15 @@ def test_parse() -> None:
         Kernel("_ZN4test12_GLOBAL__N_14goodEPKf", "sm_80", 26, 0, 0, 0, 512),
         Kernel("_ZN4test12_GLOBAL__N_15spillI6__halfEEvPT_", "sm_90a", 255, 24, 28, 48, 0),
     ]
+
+
+def test_serialized() -> None:
+    warning = (
+        "ptxas info    : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized "
+        "due to non wgmma instructions reading accumulator registers of a wgmma between start and end"
+    )
+    assert serialized(LOG + warning)
+    assert not serialized(LOG)
 
 
 def test_names() -> None:

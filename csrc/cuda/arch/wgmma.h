@@ -53,6 +53,14 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
+// Accumulators change behind the compiler's back, between the product and the wait. Naming them before a product that
+// starts in them, and after the wait, keeps their other uses on the right side.
+template <int N>
+__device__ __forceinline__ void wgmma_hold(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // d = a * b^T (+ d if accumulate): a 64 x 16, b 64 x 16, T is bf16 or f16.
 template <class T>
 __device__ __forceinline__ void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {

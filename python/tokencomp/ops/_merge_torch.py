@@ -30,6 +30,7 @@ def _cosine_match_fake(
     mask_b: Tensor | None = None,
     min_similarity: float | None = None,
     top: int = 1,
+    exclude_self: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_rank("cosine_match", "a", a, 3, "[B, N, C]")
     rows = a.shape[1] if a_index is None else a_index.shape[1]
@@ -83,6 +84,28 @@ def _merge_tokens_fake(
     return y, x.new_empty((x.shape[0], out_tokens), dtype=torch.float32)
 
 
+@_namespace.fake("bipartite_merge")
+def _bipartite_merge_fake(
+    x: Tensor,
+    metric: Tensor,
+    r: int,
+    size: Tensor | None = None,
+    weight: Tensor | None = None,
+    prefix: int = 1,
+    order: str = "tome",
+    mode: str = "mean",
+    a_tokens: Tensor | None = None,
+    b_tokens: Tensor | None = None,
+    rest_tokens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_rank("bipartite_merge", "x", x, 3, "[B, N, C]")
+    batch, tokens, channels = x.shape
+    most = (tokens - min(prefix, tokens)) // 2 if a_tokens is None else a_tokens.shape[1]
+    left = tokens - min(r, most)
+    y = x.new_empty((batch, left, channels))
+    return y, y.new_empty((batch, left), dtype=torch.float32), y.new_empty((batch, tokens), dtype=torch.int32)
+
+
 def _check_rank(op: str, argument: str, t: Tensor, rank: int, shape: str) -> None:
     if t.dim() != rank:
         raise RuntimeError(f"{op}: {argument} must have shape {shape}, got {list(t.shape)}")
@@ -90,29 +113,52 @@ def _check_rank(op: str, argument: str, t: Tensor, rank: int, shape: str) -> Non
 
 def _save_for_merge_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, token_map, out_tokens, size, weight, mode = inputs
+    _save(ctx, "merge_tokens", token_map, out_tokens, size, weight, mode)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _save_for_step_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    size, weight, mode = inputs[3], inputs[4], inputs[7]
+    _save(ctx, "bipartite_merge", output[2], output[0].shape[1], size, weight, mode)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _save(
+    ctx: Any,
+    op: str,
+    token_map: Tensor,
+    out_tokens: int,
+    size: Tensor | None,
+    weight: Tensor | None,
+    mode: str,
+) -> None:
     for name, t in (("size", size), ("weight", weight)):
         if t is not None and t.requires_grad:
-            raise RuntimeError(
-                f"merge_tokens: {name} must not require a gradient: there is none, got one that does"
-            )
+            raise RuntimeError(f"{op}: {name} must not require a gradient: there is none, got one that does")
     ctx.mode, ctx.out_tokens = mode, out_tokens
-    if mode in ("amax", "mlerp"):
+    if mode in ("amax", "mlerp") and ctx.needs_input_grad[0]:
         raise RuntimeError(
-            "merge_tokens: mode must be one of 'mean', 'sum', 'drop' where x requires a gradient, "
-            f"got '{mode}'"
+            f"{op}: mode must be one of 'mean', 'sum', 'drop' where x requires a gradient, got '{mode}'"
         )
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(token_map, size, weight)
 
 
 def _merge_backward(ctx: Any, grad_y: Tensor | None, _grad_size: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _grad_of_x(ctx, grad_y), *(None,) * 5
+
+
+def _step_backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _grad_of_x(ctx, grad_y), *(None,) * 10
+
+
+def _grad_of_x(ctx: Any, grad_y: Tensor | None) -> Tensor | None:
     if grad_y is None or not ctx.needs_input_grad[0]:
-        return (None,) * 6
+        return None
     token_map, size, weight = ctx.saved_tensors
     share = _shares(token_map, size, weight, ctx.out_tokens, ctx.mode)
     rows = unmerge(grad_y, torch.where(share != 0, token_map, -1))
-    return (share[..., None] * rows).to(grad_y.dtype), None, None, None, None, None
+    return (share[..., None] * rows).to(grad_y.dtype)
 
 
 def _shares(
@@ -148,3 +194,4 @@ def _is_head(group: Tensor, weight: Tensor, out_tokens: int) -> Tensor:
 
 
 _namespace.gradient("merge_tokens", _merge_backward, _save_for_merge_backward)
+_namespace.gradient("bipartite_merge", _step_backward, _save_for_step_backward)

@@ -23,6 +23,21 @@ def op(name: str) -> Any:
     return getattr(getattr(torch.ops, _active), name)
 
 
+def call(name: str, *arguments: Any) -> Any:
+    """Call an operator that has a gradient, by the short way where none is asked for.
+
+    A gradient registered from Python is a Python function around the kernel, entered on every call: 4 us in
+    the caches and 40 us out of them, as much as a small merge.
+    """
+    function = op(name)
+    if torch.compiler.is_compiling():
+        return function(*arguments)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+        return function(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return function.default(*arguments)
+
+
 def op_names() -> list[str]:
     """Every operator that has a fake kernel, in alphabetical order."""
     return sorted(_fakes)

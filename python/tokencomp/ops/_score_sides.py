@@ -23,14 +23,16 @@ def float32(t: Tensor | None) -> Any:
 def attention_sides(
     op: str,
     q: Tensor,
-    k: Tensor,
+    keys: int | None,
     row_weight: Tensor | None,
     key_bias: Tensor | None,
     q_position: Tensor | None,
     lengths: Tensor | None,
     starts: Tensor | None,
 ) -> dict[str, Tensor | None]:
-    """Side arrays as the operator takes them, values checked where they may be looked at."""
+    """Side arrays as the operator takes them, values checked where they may be looked at. ``keys`` is S, None
+    where the operator will refuse the keys.
+    """
     if row_weight is not None:
         if _check.checked(row_weight) and not row_weight.is_complex():
             _check.check_weight(op, row_weight, "row_weight")
@@ -39,10 +41,10 @@ def attention_sides(
         if _check.checked(key_bias):
             _check.check_bias(op, key_bias)
         key_bias = _as_batch_head(key_bias) if key_bias.dim() == 2 else key_bias
-    if k.dim() == 4:
+    if keys is not None:
         for name, bound in (("lengths", lengths), ("starts", starts)):
             if bound is not None and _check.checked(bound):
-                check_bounds(op, name, bound, k.shape[2])
+                check_bounds(op, name, bound, keys)
     return {
         "row_weight": _check.as_float32(row_weight),
         "key_bias": _check.as_float32(key_bias),
@@ -52,6 +54,11 @@ def attention_sides(
         "lengths": _check.as_int32(lengths),
         "starts": _check.as_int32(starts),
     }
+
+
+def dense_keys(k: Tensor) -> int | None:
+    """S of keys ``[B, Hkv, S, D]``; None for another shape."""
+    return k.shape[2] if k.dim() == 4 else None
 
 
 def _as_batch_head(t: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def column_score(
             (on CUDA only under ``TOKENCOMP_CHECKED=1``; unchecked, they are clamped or count as 0).
     """
     side = _score_sides.attention_sides(
-        "column_score", q, k, row_weight, key_bias, q_position, lengths, starts
+        "column_score", q, _score_sides.dense_keys(k), row_weight, key_bias, q_position, lengths, starts
     )
     out: Tensor = _namespace.op("column_score")(
         q,
@@ -123,7 +123,7 @@ def diagonal_score(
         ``[B, H*, S]`` float32.
     """
     side = _score_sides.attention_sides(
-        "diagonal_score", q, k, row_weight, key_bias, q_position, lengths, starts
+        "diagonal_score", q, _score_sides.dense_keys(k), row_weight, key_bias, q_position, lengths, starts
     )
     out: Tensor = _namespace.op("diagonal_score")(
         q,
@@ -162,7 +162,9 @@ def attention_lse(
     Returns:
         ``[B, Hq, T]`` float32; -inf for a row that sees no key.
     """
-    side = _score_sides.attention_sides("attention_lse", q, k, None, key_bias, q_position, lengths, starts)
+    side = _score_sides.attention_sides(
+        "attention_lse", q, _score_sides.dense_keys(k), None, key_bias, q_position, lengths, starts
+    )
     del side["row_weight"]
     out: Tensor = _namespace.op("attention_lse")(
         q, k, scale=_score_sides.scale(q, scale), **side, causal=causal, window=window, softcap=softcap

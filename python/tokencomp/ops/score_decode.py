@@ -16,6 +16,7 @@ def qk_scores(
     k: Tensor,
     *,
     scale: float | None = None,
+    block_table: Tensor | None = None,
     k_min: Tensor | None = None,
     key_bias: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -31,26 +32,67 @@ def qk_scores(
     the one product ``<max(q, 0), k> + <min(q, 0), k_min>``. Every key is read once for all heads of its
     group.
 
+    With ``block_table`` the keys are read where a paged cache holds them: slot j of (b, kv head h) is slot
+    ``j % P`` of page ``block_table[b, h, j // P]``, and ``S = P * pages of a sequence``.
+
     Args:
         q: ``[B, Hq, D]``, float32, float16 or bfloat16, D <= 256.
-        k: ``[B, Hkv, S, D]`` of the same dtype.
+        k: ``[B, Hkv, S, D]`` of the same dtype; with ``block_table`` a pool ``[pages, Hx, P, D]``, Hx = 1 for
+            pages of one head, Hx = Hkv for pages that hold all heads; P a power of two. Any strides with D
+            contiguous.
         scale: factor of the products; default ``D ** -0.5``.
-        k_min: ``[B, Hkv, S, D]`` with the strides of ``k``.
-        key_bias, lengths, starts, softcap: as in ``column_score``.
+        block_table: ``[B, Hkv, pages of a sequence]`` integers, for Hx = Hkv possibly one table expanded over
+            the heads. The upper four bits of an entry name its tier, which must be 0 here; -1 is no page, and
+            its slots are masked. Entries behind a sequence's length are not looked at.
+        k_min: of the shape and strides of ``k``.
+        key_bias: as in ``column_score``.
+        lengths: ``[B]`` or ``[B, Hkv]`` keys, in [0, S].
+        starts, softcap: as in ``column_score``.
 
     Returns:
         ``scores`` ``[B, Hq, S]`` float32, -inf at keys that are masked or whose logit is NaN; ``lse`` ``[B,
         Hq]`` float32, -inf where no key is left.
 
     Raises:
-        RuntimeError, ValueError: as in ``column_score``.
+        RuntimeError: a shape, dtype, device or choice that is not as above.
+        ValueError: values of ``block_table``, ``key_bias``, ``lengths`` or ``starts`` that are not as above
+            (on CUDA only under ``TOKENCOMP_CHECKED=1``; unchecked, an entry that names no page is a hole).
     """
-    side = _score_sides.attention_sides("qk_scores", q, k, None, key_bias, None, lengths, starts)
+    keys = _keys_of(k, block_table)
+    side = _score_sides.attention_sides("qk_scores", q, keys, None, key_bias, None, lengths, starts)
     del side["row_weight"], side["q_position"]
+    if block_table is not None and _check.checked(block_table, lengths):
+        _check_table(block_table, lengths, k)
     scores, lse = _namespace.op("qk_scores")(
-        q, k, scale=_score_sides.scale(q, scale), k_min=k_min, **side, softcap=softcap
-    )
+        q, k, scale=_score_sides.scale(q, scale), block_table=_table(block_table), k_min=k_min, **side,
+        softcap=softcap,
+    )  # fmt: skip
     return scores, lse
+
+
+def _keys_of(k: Tensor, block_table: Tensor | None) -> int | None:
+    """S; None where a shape is wrong, which the operator refuses."""
+    keys = _score_sides.dense_keys(k)
+    if keys is None or block_table is None:
+        return keys
+    return keys * block_table.shape[2] if block_table.dim() == 3 else None
+
+
+def _table(table: Tensor | None) -> Tensor | None:
+    """int32; a table expanded over heads stays a view."""
+    integer = table is not None and not (table.is_floating_point() or table.is_complex())
+    return table.to(torch.int32) if table is not None and integer and table.dtype != torch.bool else table
+
+
+def _check_table(table: Tensor, lengths: Tensor | None, pool: Tensor) -> None:
+    """Raise ValueError unless the entries in use are -1 or pages of ``pool``, of tier 0."""
+    if table.dim() != 3 or pool.dim() != 4:
+        return
+    if lengths is not None and lengths.shape in (table.shape[:1], table.shape[:2]):
+        first = torch.arange(table.shape[2], device=table.device) * pool.shape[2]
+        length = lengths[:, None, None] if lengths.dim() == 1 else lengths[..., None]
+        table = torch.where(first < length, table, -1)
+    _check.check_range("qk_scores", "block_table", table, -1, pool.shape[0], "pages")
 
 
 def head_vote(
@@ -138,10 +180,16 @@ def decay_score_(
 
 
 @_namespace.fake("qk_scores")
-def _qk_scores_fake(q: Tensor, k: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+def _qk_scores_fake(
+    q: Tensor, k: Tensor, *, block_table: Tensor | None = None, **_: Any
+) -> tuple[Tensor, Tensor]:
     _score_sides.check_dim("qk_scores", "q", q, "[B, Hq, D]")
     _score_sides.check_dim("qk_scores", "k", k, "[B, Hkv, S, D]")
-    scores = q.new_empty((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+    keys = k.shape[2]
+    if block_table is not None:
+        _score_sides.check_dim("qk_scores", "block_table", block_table, "[B, Hkv, pages]")
+        keys = keys * block_table.shape[2]
+    scores = q.new_empty((*q.shape[:2], keys), dtype=torch.float32)
     return scores, q.new_empty(q.shape[:2], dtype=torch.float32)
 
 

@@ -43,9 +43,10 @@ class KeptLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def get_seq_length(self) -> int:
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        rows = len(query_length) if isinstance(query_length, Tensor) else query_length  # positions before 5.4
         held = self.keys.shape[-2]
-        return held + query_length, self.seen - held
+        return held + rows, self.seen - held
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens. Raises ValueError where that reaches into the compressed prompt."""

@@ -49,6 +49,7 @@ def cosine_match(
     mask_b: Tensor | None = None,
     min_similarity: float = -INF,
     top: int = 1,
+    exclude_self: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """``tokencomp.ops.cosine_match`` with the same arguments, computed in ``dtype``.
@@ -59,7 +60,7 @@ def cosine_match(
     similarity = match_matrix(
         a, b, a_index=a_index, b_index=b_index, a2=a2, b2=b2, alpha=alpha, a_weight=a_weight,
         b_weight=b_weight, band=band, protect_a=protect_a, protect_b=protect_b, mask_a=mask_a,
-        mask_b=mask_b, dtype=dtype,
+        mask_b=mask_b, exclude_self=exclude_self, dtype=dtype,
     )  # fmt: skip
     missing = max(0, top - similarity.shape[2])
     similarity = torch.nn.functional.pad(similarity, (0, missing), value=-INF)
@@ -85,6 +86,7 @@ def match_matrix(
     protect_b: int = 0,
     mask_a: Tensor | None = None,
     mask_b: Tensor | None = None,
+    exclude_self: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """All similarities ``[B, Ra, Rb]`` that ``cosine_match`` ranks; -inf where a pair may not match."""
@@ -108,8 +110,11 @@ def match_matrix(
     row_ok = row_ok if mask_a is None else row_ok & mask_a
     column_ok = column_ok if mask_b is None else column_ok & mask_b
     allowed = row_ok[:, :, None] & column_ok[:, None, :]
+    apart = (row_token[:, :, None] - column_token[:, None, :]).abs()
     if band >= 0:
-        allowed = allowed & ((row_token[:, :, None] - column_token[:, None, :]).abs() <= band)
+        allowed = allowed & (apart <= band)
+    if exclude_self:
+        allowed = allowed & (apart > 0)
     return torch.where(allowed & ~similarity.isnan(), similarity, -INF)
 
 
@@ -227,6 +232,39 @@ def merge_tokens(
     length = mean.square().sum(-1, keepdim=True).sqrt()
     alone = collect(torch.ones_like(factor)[..., None], "sum") == 1
     return torch.where(alone, mean, torch.where(length != 0, mean / length * largest, 0)), total_size
+
+
+def bipartite_merge(
+    x: Tensor,
+    metric: Tensor,
+    r: int,
+    *,
+    size: Tensor | None = None,
+    weight: Tensor | None = None,
+    prefix: int = 1,
+    order: str = "tome",
+    mode: str = "mean",
+    a_tokens: Tensor | None = None,
+    b_tokens: Tensor | None = None,
+    rest_tokens: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``tokencomp.ops.bipartite_merge`` with the same arguments: the three functions above in turn."""
+    tokens = x.shape[1]
+    if a_tokens is None:
+        led = min(prefix, tokens)
+        value, index = cosine_match(
+            metric[:, 0::2], metric[:, 1::2], protect_a=(led + 1) // 2, protect_b=led // 2, dtype=dtype
+        )
+    else:
+        value, index = cosine_match(metric, metric, a_index=a_tokens, b_index=b_tokens, dtype=dtype)
+    token_map = bipartite_map(
+        value, index, r, tokens, prefix=prefix, order=order,
+        a_tokens=a_tokens, b_tokens=b_tokens, rest_tokens=rest_tokens,
+    )  # fmt: skip
+    most = (tokens - min(prefix, tokens)) // 2 if a_tokens is None else a_tokens.shape[1]
+    left = tokens - min(r, most)
+    return *merge_tokens(x, token_map, left, size=size, weight=weight, mode=mode, dtype=dtype), token_map
 
 
 def _heads(group: Tensor, weight: Tensor | None, out_tokens: int) -> Tensor:

@@ -176,10 +176,27 @@ def diagonal_score(
     return reduce_heads(score, k.shape[1], heads)
 
 
+def gather_pages(pool: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    """Dense keys ``[B, Hkv, S, D]`` of a pool ``[pages, 1 or Hkv, P, D]``, and which of them a page holds.
+
+    Entry ``block_table[b, h, i]`` names the page of slots ``[i P, (i + 1) P)``; what is not a page of tier 0
+    (the upper four bits) is a hole, and its keys are 0.
+    """
+    batch, heads, pages = block_table.shape
+    entry = block_table.long()
+    held = (entry >= 0) & (entry < pool.shape[0])
+    head = torch.arange(heads)[:, None] if pool.shape[1] > 1 else torch.zeros(heads, 1, dtype=torch.long)
+    keys = pool.new_zeros(batch, heads, pages, *pool.shape[2:])
+    if pool.shape[0]:
+        keys = torch.where(held[..., None, None], pool[entry.where(held, 0), head], keys)
+    return keys.flatten(2, 3), held.repeat_interleave(pool.shape[2], dim=2)
+
+
 def qk_scores(
     q: Tensor,
     k: Tensor,
     *,
+    block_table: Tensor | None = None,
     k_min: Tensor | None = None,
     scale: float | None = None,
     key_bias: Tensor | None = None,
@@ -191,12 +208,20 @@ def qk_scores(
     """``[B, Hq, S]`` logits of one query a head and their ``[B, Hq]`` lse.
 
     With ``k_min`` the keys are pages, ``k`` the channel-wise maxima and ``k_min`` the minima, and the
-    product is Quest's bound ``sum_c max(q_c k_c, q_c k_min_c) = <max(q, 0), k> + <min(q, 0), k_min>``.
+    product is Quest's bound ``sum_c max(q_c k_c, q_c k_min_c) = <max(q, 0), k> + <min(q, 0), k_min>``. With
+    ``block_table`` both are pools (see ``gather_pages``), and holes are masked.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    held = None
+    if block_table is not None:
+        k_min = None if k_min is None else gather_pages(k_min, block_table)[0]
+        k, held = gather_pages(k, block_table)
     if k_min is not None:
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
         k = torch.cat([k, k_min], dim=-1)
+    if lengths is not None and lengths.dim() == 2:
+        own = torch.arange(k.shape[2]) < lengths.cpu()[..., None]
+        held, lengths = own if held is None else own & held, None
     z = attention_logits(
         q[:, :, None],
         k,
@@ -208,6 +233,8 @@ def qk_scores(
         causal=False,
         dtype=dtype,
     )[:, :, 0]
+    if held is not None:
+        z = torch.where(held.repeat_interleave(q.shape[1] // k.shape[1], dim=1), z, -INF)
     return z, _lse(z)
 
 

@@ -1,0 +1,157 @@
+"""Prefill attention, dense and block-sparse, against torch itself, in one run.
+
+    python bench/bench_prefill.py [--device cpu|cuda] [--out file.json] [--check] [--quick]
+
+Shapes are one layer of an 8B language model scaled to 8 query heads, causal. Sparse contenders list, beside
+the diagonal, a random share of the visible 64 x 64 blocks of each head; their peer is torch's dense
+attention, the time a user would otherwise pay. GFLOP/s are of the pairs a contender computes: those seen by a
+row, or of the listed blocks. Contenders take turns and the best of each counts.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Ceilings, Row, document, interleaved_seconds, measure_ceilings, table
+from tokencomp import block_lists, ops, reference
+from torch import Tensor
+from torch.nn import functional
+
+HQ, HKV, D = 8, 2, 128
+BLOCK = 64
+DENSITIES = (0.25, 0.1)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``rows`` queries at the end of ``keys`` keys."""
+
+    rows: int
+    keys: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"flash_prefill Hq={HQ} Hkv={HKV} T={self.rows} S={self.keys} D={D} {dtype}"
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of row and key that are visible."""
+        return self.rows * (self.keys - (self.rows - 1) / 2)
+
+    @property
+    def bytes(self) -> float:
+        return float((HKV * self.keys + HQ * self.rows) * 2 * D * self.dtype.itemsize)
+
+    def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        q = torch.randn(1, HQ, self.rows, D, generator=g)
+        k, v = (torch.randn(1, HKV, self.keys, D, generator=g) for _ in range(2))
+        return q.to(device, self.dtype), k.to(device, self.dtype), v.to(device, self.dtype)
+
+    def blocks(self, density: float, device: str) -> Tensor:
+        """``[1, HQ, M, N]`` bool: about ``density`` of the visible blocks, the diagonal among them."""
+        g = torch.Generator().manual_seed(1)
+        here = torch.device("cpu")
+        causal = block_lists.causal_blocks(self.rows, self.keys, BLOCK, BLOCK, here)
+        diagonal = block_lists.diagonal_blocks(self.rows, self.keys, BLOCK, BLOCK, here)
+        others = causal & ~diagonal
+        share = (density * causal.sum() - diagonal.sum()) / others.sum()
+        chosen = torch.rand(1, HQ, *causal.shape, generator=g) < share
+        return ((chosen & others) | diagonal).to(device)
+
+
+def problems(quick: bool) -> list[Problem]:
+    if quick:
+        return [Problem(1024, 1024, torch.bfloat16)]
+    square = [Problem(n, n, torch.bfloat16) for n in (2048, 4096, 8192)]
+    return [*square, Problem(512, 8192, torch.bfloat16), Problem(2048, 2048, torch.float32)]
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    rows, keys = q.shape[2], k.shape[2]
+    mask = None
+    if rows != keys:  # a chunk: torch aligns its causal mask at the top left
+        mask = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
+    return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+
+
+def _sparse(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, indices: Tensor, _: int) -> Tensor:
+    return ops.flash_prefill(q, k, v, indptr=indptr, indices=indices)[0]
+
+
+def measure(p: Problem, device: str) -> list[Row]:
+    q, k, v = p.tensors(device)
+    calls: dict[str, Callable[[int], Any]] = {
+        "tokencomp": lambda _: ops.flash_prefill(q, k, v),
+        "torch": lambda _: torch_attention(q, k, v),
+    }
+    flops = dict.fromkeys(calls, 4.0 * HQ * D * p.pairs)
+    for density in DENSITIES:
+        chosen = p.blocks(density, device)
+        name = f"tokencomp {100 * density:.0f} % of blocks"
+        indptr, indices = block_lists.block_mask_to_csr(chosen)
+        calls[name] = partial(_sparse, q, k, v, indptr, indices)
+        flops[name] = 4.0 * D * BLOCK * BLOCK * float(chosen.sum())
+    best = interleaved_seconds(calls, device, repeats=20, budget=12)
+    return [
+        Row("prefill", p.name, name, seconds, flops[name], p.bytes, baseline=name == "torch")
+        for name, seconds in best.items()
+    ]
+
+
+def check(p: Problem, device: str) -> None:
+    """The last rows agree with float64, and dense with torch."""
+    q, k, v = p.tensors(device)
+    rows = slice(max(0, p.rows - 8), p.rows)
+    out, lse = ops.flash_prefill(q, k, v)
+    exact = reference.flash_prefill(q[:, :, rows].cpu(), k.cpu(), v.cpu())
+    error = (out[:, :, rows].cpu().double() - exact[0]).abs().max().item()
+    drift = (lse[:, :, rows].cpu().double() - exact[1]).abs().max().item()
+    peer = (out.float() - torch_attention(q, k, v).float()).abs().max().item()
+    bound = 1e-5 if p.dtype == torch.float32 else 0.05
+    if not (error < bound and drift < 1e-5 and peer < bound):
+        raise SystemExit(f"{p.name}: output error {error:.3g}, lse {drift:.3g}, off torch by {peer:.3g}")
+
+
+def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]:
+    rows: list[Row] = []
+    for p in problems(quick):
+        if checked:
+            check(p, device)
+        measured = measure(p, device)
+        rows += measured
+        times = ", ".join(f"{r.name} {r.seconds * 1e3:.3f} ms" for r in measured)
+        print(f"{p.name}: {times}", file=sys.stderr)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
+    parser.add_argument("--check", action="store_true", help="also hold the results to the specification")
+    parser.add_argument("--quick", action="store_true", help="small shapes only")
+    args = parser.parse_args()
+    ceilings: Ceilings = measure_ceilings(args.device)
+    rows = run(args.device, quick=args.quick, checked=args.check)
+    print(table(rows, ceilings))
+    print(f"\nproducts: bfloat16 {ceilings.bf16_gflops:.0f} GFLOP/s, float32 {ceilings.fp32_gflops:.0f}")
+    if args.out:
+        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+// Products of queries and keys on the CPU: keys in lanes, query rows broadcast. Shared by the kernel files of every
+// family that multiplies them.
+#pragma once
+
+#include "core/attention.h"
+#include "cpu/parallel.h"
+#include "cpu/simd_lanes.h"
+#include "cpu/simd_math.h"
+
+namespace tokencomp::cpu::TOKENCOMP_ISA {
+
+using namespace attention;
+
+constexpr int kOffsetBlock = 256;  // slots whose places in the pool are looked up at a time
+static_assert(kOffsetBlock % kLaneTile == 0);
+
+// Where slots [first, first + count) begin, page by page; -1: nowhere.
+static inline void page_offsets(const Attention& a, int b, int kv, int first, int count, int64_t* out) {
+  for (int i = 0; i < count;) {
+    const bool inside = first + i < a.g.S;
+    const int rest = a.table.page_size() - a.table.slot_in_page(first + i);
+    const int end = inside && rest < count - i ? i + rest : count;
+    int64_t at = inside ? slot_offset(a, b, kv, first + i) : -1;
+    for (; i < end; ++i, at += at < 0 ? 0 : a.pages.slot_stride) out[i] = at;
+  }
+}
+
+template <class T>
+struct Operands {
+  const Attention& a;
+  int words;   // of a row that are multiplied
+  int padded;  // of a packed row
+  int half;    // words of one of the two parts of a row where there are two
+
+  TC_INLINE_MEMBER explicit Operands(const Attention& attention) : a(attention) {
+    const int own = words_of<T>(a.g.D);
+    half = (own + kWidth - 1) / kWidth * kWidth;
+    padded = a.k_min ? 2 * half : half;
+    words = a.k_min ? half + own : own;
+  }
+
+  TC_INLINE_MEMBER const T* query(int b, int h, int t) const {
+    return static_cast<const T*>(a.q) + b * a.q_stride_b + h * a.q_stride_h + t * a.q_stride_t;
+  }
+
+  // Pages score max(q, 0) with their maxima and min(q, 0) with their minima: one product of doubled width.
+  TC_INLINE_MEMBER void pack_query(int b, int h, int t, Word* out) const {
+    const T* row = query(b, h, t);
+    if (!a.k_min) {
+      pack_row(row, a.g.D, out);
+      return;
+    }
+    T part[2][kMaxHeadDim];
+    for (int c = 0; c < a.g.D; ++c) {
+      const bool positive = to_float(row[c]) > 0.0f;
+      part[0][c] = positive ? row[c] : T{};
+      part[1][c] = positive ? T{} : row[c];  // a NaN too
+    }
+    pack_row(part[0], a.g.D, out);
+    pack_row(part[1], a.g.D, out + half);
+  }
+
+  // Keys [first, first + keys) of (b, kv): tile after tile of kLaneTile keys. Those that do not exist are zeros.
+  TC_INLINE_MEMBER void pack_keys(int b, int kv, int first, int keys, Word* out) const {
+    if (a.table.entry) return pack_pages(b, kv, first, keys, out);
+    const int64_t at = b * a.k_stride_b + kv * a.k_stride_h;
+    for (int j = first; j < first + keys && j < a.g.S; j += kLaneTile, out += padded * kLaneTile) {
+      const int count = a.g.S - j < kLaneTile ? a.g.S - j : kLaneTile;
+      pack_lanes(static_cast<const T*>(a.k) + at + j * a.k_stride_s, a.k_stride_s, count, a.g.D, out);
+      if (!a.k_min) continue;
+      pack_lanes(static_cast<const T*>(a.k_min) + at + j * a.k_stride_s, a.k_stride_s, count, a.g.D,
+                 out + half * kLaneTile);
+    }
+  }
+
+  // One tile of the keys at position(0), position(1), ..., of which negative ones are zeros; no pages.
+  template <class F>
+  TC_INLINE_MEMBER void gather_keys(int b, int kv, F&& position, Word* out) const {
+    const T* base = static_cast<const T*>(a.k) + b * a.k_stride_b + kv * a.k_stride_h;
+    const auto row = [&](int i) { return position(i) < 0 ? nullptr : base + position(i) * a.k_stride_s; };
+    pack_lane_rows<T>(row, [&](int) { return base; }, a.g.D, out);
+  }
+
+ private:
+  TC_INLINE_MEMBER void pack_pages(int b, int kv, int first, int keys, Word* out) const {
+    const int end = first + keys < a.g.S ? first + keys : a.g.S;
+    int64_t offset[kOffsetBlock + kPrefetchRows];
+    for (; first < end; first += kOffsetBlock) {
+      page_offsets(a, b, kv, first, kOffsetBlock + kPrefetchRows, offset);
+      for (int j = 0; j < kOffsetBlock && first + j < end; j += kLaneTile, out += padded * kLaneTile) {
+        pack_lanes(static_cast<const T*>(a.k), offset + j, a.g.D, out);
+        if (a.k_min) pack_lanes(static_cast<const T*>(a.k_min), offset + j, a.g.D, out + half * kLaneTile);
+      }
+    }
+  }
+};
+
+// The biases of keys [first, first + keys), times `factor`; 0 without a bias. NaN means masked, and so is a key
+// that no page holds.
+static inline void load_bias(const Attention& a, int b, int kv, int first, int keys, float factor, float* out) {
+  const float* bias = a.key_bias ? a.key_bias + b * a.bias_stride_b + kv * a.bias_stride_h + first : nullptr;
+  for (int j = 0; j < keys; ++j) {
+    const float value = bias && first + j < a.g.S ? factor * bias[j] : 0.0f;
+    out[j] = value == value ? value : -INFINITY;
+  }
+  if (!a.table.entry) return;
+  int64_t offset[kOffsetBlock];
+  for (int j = 0; j < keys; ++j) {
+    if (j % kOffsetBlock == 0) page_offsets(a, b, kv, first + j, kOffsetBlock, offset);
+    if (offset[j % kOffsetBlock] < 0) out[j] = -INFINITY;
+  }
+}
+
+// scale * product, capped if asked for; times `factor` in the end.
+template <bool kCap>
+struct Logit {
+  Vec scale, cap;
+  TC_INLINE_MEMBER Logit(const Attention& a, float factor)
+      : scale(broadcast(kCap ? a.scale / a.softcap : a.scale * factor)), cap(broadcast(a.softcap * factor)) {}
+  TC_INLINE_MEMBER Vec operator()(Vec product, Vec bias) const {
+    if constexpr (kCap) return fma(tanh(mul(product, scale)), cap, bias);
+    return fma(product, scale, bias);
+  }
+};
+
+template <class F>
+TC_INLINE void dispatch_cap(const Attention& a, F&& f) {
+  if (a.softcap > 0.0f) {
+    f.template operator()<true>();
+  } else {
+    f.template operator()<false>();
+  }
+}
+
+// Tasks [0, count) are taken as threads come, so that one that wakes late does not keep the others waiting. What a task
+// computes does not depend on who takes it. f(task, slot).
+template <class F>
+static inline void for_each_task(int64_t count, int slots, F&& f) {
+  int64_t next = 0;
+  parallel_for(slots < count ? slots : count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(task, slot);
+    }
+  });
+}
+
+}  // namespace tokencomp::cpu::TOKENCOMP_ISA

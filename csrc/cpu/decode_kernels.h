@@ -1,0 +1,45 @@
+// The boundary between the torch-aware side (decode.cpp) and the kernels compiled once per instruction set.
+#pragma once
+
+#include "core/decode.h"
+
+namespace tokencomp::decode {
+
+constexpr int kPartKeys = 512;  // of a part: fixed, so that results depend on the row's own keys alone
+constexpr int kChunkKeys = 64;  // keys and values of a chunk stay in L1 between the two products
+
+// One part of the keys of a (sequence, kv head).
+struct Task {
+  int pair, part;
+};
+
+struct DecodeWork {
+  const Task* tasks;
+  const int* first_task;  // [B * Hkv + 1] tasks before those of a pair
+  int64_t task_count;
+  float* partial;  // [tasks, partial_floats] maxima, sums and weighted values of a part
+  int64_t partial_floats;
+  uint32_t* done;          // [B * Hkv] parts that are finished; 0 at the start
+  unsigned char* scratch;  // of each slot
+  int64_t scratch_bytes;
+  int slots;  // tasks that run at a time
+};
+
+TC_HD constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+constexpr int kRowPadding = 4, kValuePadding = 64, kKeyPadding = 32;
+
+TC_HD int64_t padded_rows(const DecodeArgs& a) { return round_up(a.rows(), kRowPadding); }
+TC_HD int64_t padded_values(const DecodeArgs& a) { return round_up(a.Dv, kValuePadding); }
+TC_HD int64_t partial_floats(const DecodeArgs& a) { return padded_rows(a) * (padded_values(a) + 2); }
+
+// Queries; then by key: rows of both kinds, bias and slot; then logits and weights of a chunk, and one row of values.
+TC_HD int64_t scratch_bytes(const DecodeArgs& a) {
+  const int64_t queries = padded_rows(a) * round_up(a.D, kKeyPadding) * 4, keys = kPartKeys + kChunkKeys;
+  return round_up(queries + keys * 24 + kChunkKeys * kRowPadding * 8 + padded_values(a) * 4, 64);
+}
+
+using DecodeKernel = void(const DecodeArgs& args, const DecodeWork& work);
+using MergeKernel = void(const MergeArgs& args);
+
+}  // namespace tokencomp::decode
