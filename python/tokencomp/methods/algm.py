@@ -8,7 +8,7 @@ from torch import Tensor
 from tokencomp import ops
 from tokencomp.methods import base, matching, schedule
 from tokencomp.methods.layers import LayerView, Reduced, Stateless
-from tokencomp.methods.matching import Plan
+from tokencomp.methods.matching import Match, Plan
 
 
 @base.register("algm", paper="2406.09936", stage="two encoder layers, between attention and MLP")
@@ -24,7 +24,9 @@ class ALGM(Stateless):
 
     No item of a batch merges more than the one with the fewest, so that all keep the same number of tokens:
     results depend on the batch, and each of the two layers waits for the device once to learn the number.
-    Layers count from 0: the paper's 1 and 5 (ViT-S) are 0 and 4 here.
+    ``counts`` says the two numbers beforehand instead: the most similar windows and pairs are merged, however
+    similar, nothing waits, and the layers compile. Layers count from 0: the paper's 1 and 5 (ViT-S) are 0 and
+    4 here.
     """
 
     threshold: float = field(
@@ -32,6 +34,9 @@ class ALGM(Stateless):
     )
     local_layer: int = field(default=0, metadata={"help": "layer (0-based) that merges windows"})
     global_layer: int = field(default=4, metadata={"help": "layer (0-based) that merges pairs"})
+    counts: tuple[int, int] | None = field(
+        default=None, metadata={"help": "windows and pairs to merge, whatever the data; None: by likeness"}
+    )
     proportional: bool = field(
         default=False, metadata={"help": "add log size to the attention logits (the official code does not)"}
     )
@@ -42,6 +47,8 @@ class ALGM(Stateless):
         if not 0 <= self.local_layer < self.global_layer:
             got = (self.local_layer, self.global_layer)
             raise ValueError(f"ALGM: layers must be 0 <= local_layer < global_layer, got {got}")
+        if self.counts is not None and (len(self.counts) != 2 or min(self.counts) < 0):
+            raise ValueError(f"ALGM: counts must be two numbers >= 0, got {self.counts!r}")
 
     def plan_local(
         self, x: Tensor, grid: tuple[int, int], *, prefix: int = 1, mask: Tensor | None = None
@@ -57,7 +64,7 @@ class ALGM(Stateless):
         Rows: prefix, merged windows by descending similarity, the other tokens in ascending order.
 
         Raises:
-            ValueError: the number of tokens does not fit the grid.
+            ValueError: the number of tokens does not fit the grid; padding, and ``counts`` given.
         """
         rows, columns = grid
         if x.shape[1] != prefix + rows * columns:
@@ -67,7 +74,7 @@ class ALGM(Stateless):
         likeness = window_similarity(x, windows)
         if mask is not None:
             likeness = likeness.masked_fill(~mask[:, windows].all(dim=2), float("-inf"))
-        r = _fewest(likeness >= self.threshold)
+        r = self._windows_merged(likeness, mask)
         if r == 0:
             return matching.identity(x)
         chosen = windows[matching.ranked(likeness)[:, :r]]  # [B, r, 4]
@@ -85,6 +92,8 @@ class ALGM(Stateless):
         """
         n = x.shape[1]
         match = matching.halves(x, prefix, mask)
+        if self.counts is not None:
+            return self._pairs(x, match, schedule.cap(self.counts[1], n, prefix), prefix, mask)
         known = match.column >= 0
         count = known.sum(dim=1)
         value = torch.where(known, match.value, 0.0)
@@ -93,7 +102,20 @@ class ALGM(Stateless):
         std = (spread / (count - 1).clamp_min(1)).sqrt()
         limit = mean.mean() + std.mean() / (self.global_layer + 1)
         r = schedule.cap(_fewest(known & (match.value >= limit)), n, prefix)
-        return matching.pair_up(match, r, n, prefix, mask=mask) if r > 0 else matching.identity(x)
+        return self._pairs(x, match, r, prefix, mask)
+
+    def _windows_merged(self, likeness: Tensor, mask: Tensor | None) -> int:
+        if self.counts is None:
+            return _fewest(likeness >= self.threshold)
+        if mask is not None:  # how many windows are whole is not known without looking
+            raise ValueError("ALGM: counts must be None where there is padding, got two numbers")
+        return min(self.counts[0], likeness.shape[1])
+
+    @staticmethod
+    def _pairs(x: Tensor, match: Match, r: int, prefix: int, mask: Tensor | None) -> Plan:
+        if r == 0:
+            return matching.identity(x)
+        return matching.pair_up(match, r, x.shape[1], prefix, mask=mask)
 
     def reduce(self, view: LayerView) -> Reduced | None:
         """Merge windows or pairs, by layer. Raises ValueError where windows have no grid to lie on."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokencomp import ops, ragged
+from tokencomp import ops, ragged, scores
 from tokencomp.methods import matching
 from tokencomp.methods.layers import LayerView
 
@@ -87,12 +87,7 @@ class Attention:
         shape = self.lse.shape
         even = torch.ones_like(self.lse) if self.mask is None else self.mask[:, None].expand(shape).float()
         even = even / even.sum(-1, keepdim=True).clamp(min=1)
-        s = start.float().expand(shape)
-        # Holding the matrix between steps was measured: no faster at 40 of them, slower below.
-        for _ in range(iterations):
-            s = self.columns(s)
-            s = s if damping == 0 else (1 - damping) * s + damping * even
-        return s
+        return scores.power_steps(self.columns, start.float().expand(shape), even, iterations, damping)
 
     def subset(self, index: Tensor) -> "Attention":
         """The attention the tokens ``index`` ``[B, M]`` would pay among themselves: rows sum to 1 again."""

@@ -69,8 +69,8 @@ class GTP:
                 raise ValueError(f"GTP: {name} must be one of {known}, got {getattr(self, name)!r}")
         if min(self.drop if isinstance(self.drop, Sequence) else (self.drop,), default=0) < 0:
             raise ValueError(f"GTP: drop must not be negative, got {self.drop!r}")
-        if not 1 <= self.neighbours < 32:
-            raise ValueError(f"GTP: neighbours must be in [1, 31], got {self.neighbours!r}")
+        if not 1 <= self.neighbours <= 32:
+            raise ValueError(f"GTP: neighbours must be in [1, 32], got {self.neighbours!r}")
         if not 0.0 < self.theta <= 1.0:
             raise ValueError(f"GTP: theta must be in (0, 1], got {self.theta!r}")
 
@@ -183,11 +183,8 @@ def semantic_links(x: Tensor, neighbours: int) -> Tensor:
     m = min(neighbours, tokens - 1)
     if m <= 0:
         return torch.full((x.shape[0], tokens, 0), -1, dtype=torch.int32, device=x.device)
-    _, nearest = ops.cosine_match(x, x, top=m + 1)
-    itself = torch.arange(tokens, device=x.device)[:, None]
-    # Duplicates can push a token itself out of its own list: then the last of the list has to go.
-    order = (nearest == itself).to(torch.int8).sort(dim=2, stable=True).indices
-    return nearest.gather(2, order)[..., :m]
+    _, nearest = ops.cosine_match(x, x, top=m, exclude_self=True)
+    return nearest.view(x.shape[0], tokens, m)
 
 
 def link_weights(links: Tensor) -> tuple[Tensor, Tensor]:

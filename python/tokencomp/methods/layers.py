@@ -5,10 +5,12 @@ An adapter shows every encoder layer's tokens as a ``LayerView`` and goes on wit
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+Metric = Literal["keys", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class LayerView:
     def metric(self) -> Tensor:
         """``[B, N, D]`` float32: the mean of the keys over heads, the usual feature for matching."""
         return self.k.float().mean(dim=1)
+
+    def features(self, name: Metric) -> Tensor:
+        """``[B, N, D]``, what a method compares: ``metric()`` or the tokens ``x``."""
+        return self.metric() if name == "keys" else self.x
 
     def sizes(self) -> Tensor:
         """``[B, N]`` float32, ones where no size is tracked yet."""

@@ -34,6 +34,15 @@ class Plan(NamedTuple):
         return token_map.unmerge(y, self.token_map)
 
 
+class Pairing(NamedTuple):
+    """Which tokens of each item look for a partner among which."""
+
+    a: Tensor | None = None  # [B, Na] int64, tokens that look; None: the even ones
+    b: Tensor | None = None  # [B, Nb] int64, tokens that are found; None: the odd ones
+    rest: Tensor | None = None  # [B, Nr] int64, tokens of neither, in the order in which they shall stand
+    order: Order = "tome"  # of the tokens that stay, see ``pair_up``
+
+
 class Match(NamedTuple):
     """Two lists of tokens of each item, and the best of ``b`` for each of ``a``."""
 
@@ -172,6 +181,57 @@ def pair_up(
         key.scatter_(1, b, tokens_like(b) + 3 * tokens)
         key[:, :prefix] = own[:, :prefix]
     return assemble(target, key, tokens - r, mask)
+
+
+def plan_pairs(
+    metric: Tensor, r: int, prefix: int, pairing: Pairing | None = None, mask: Tensor | None = None
+) -> Plan:
+    """Merge the ``r`` most similar pairs by ``metric`` ``[B, N, D]``; even with odd tokens by default."""
+    how = pairing or Pairing()
+    if how.a is None or how.b is None:
+        match = halves(metric, prefix, mask)
+    else:
+        match = lists(metric, how.a, how.b, mask)
+    return pair_up(match, r, metric.shape[1], prefix, rest=how.rest, order=how.order, mask=mask)
+
+
+def merge_pairs(
+    view: LayerView,
+    metric: Tensor,
+    r: int,
+    pairing: Pairing | None = None,
+    *,
+    sized: bool = True,
+    weight: Tensor | None = None,
+    mode: Mode = "mean",
+) -> Reduced | None:
+    """The tokens of ``view`` by what ``plan_pairs`` says; None where ``r`` is 0.
+
+    One operator does all of it; padding, which it does not know, takes the long way. Where not ``sized``,
+    sizes have no part in it and none are tracked.
+    """
+    if r == 0:
+        return None
+    size = view.size if sized else None
+    if view.mask is not None:
+        plan = plan_pairs(metric, r, view.prefix, pairing, view.mask)
+        x, merged_size = merge(view.x, plan, size=size, weight=weight, mode=mode)
+        return Reduced(x, merged_size if sized else None, plan.token_map)
+    how = pairing or Pairing()
+    x, merged_size, token_map = ops.bipartite_merge(
+        dense(view.x),
+        dense(metric.detach()),
+        r,
+        size=size,
+        weight=weight,
+        prefix=view.prefix,
+        order=how.order,
+        mode=mode,
+        a_tokens=how.a,
+        b_tokens=how.b,
+        rest_tokens=how.rest,
+    )
+    return Reduced(x, merged_size if sized else None, token_map)
 
 
 def assemble(target: Tensor, key: Tensor, out_tokens: int, mask: Tensor | None = None) -> Plan:

@@ -4,16 +4,16 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from tokencomp import ops
 from tokencomp.methods import base, matching
-from tokencomp.methods.layers import LayerView, Reduced, Stateless
-from tokencomp.methods.matching import Plan
+from tokencomp.methods.layers import LayerView, Metric, Reduced, Stateless
+from tokencomp.methods.matching import Pairing, Plan
 
 Flavour = Literal["plain", "bsm", "text", "tome"]
 Energy = Literal["elu", "paper"]
-Metric = Literal["keys", "tokens"]
 
 # What the official code does to each model, by field.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -149,21 +149,27 @@ class PiToMe(Stateless):
         Rows: prefix, tokens that stay by descending energy (bsm: by descending similarity), merged ones by
         descending energy.
         """
-        n = metric.shape[1]
-        r, flavour = self.count(layer, layers, n, prefix), self.flavour_at(layer, layers)
+        r = self.count(layer, layers, metric.shape[1], prefix)
         if r == 0:
             return matching.identity(metric)
+        return matching.plan_pairs(
+            metric, r, prefix, self._pairing(metric, r, prefix, layer, layers, mask), mask
+        )
+
+    @torch.no_grad()
+    def _pairing(
+        self, metric: Tensor, r: int, prefix: int, layer: int, layers: int, mask: Tensor | None
+    ) -> Pairing:
+        flavour = self.flavour_at(layer, layers)
         if flavour == "tome":
-            return matching.pair_up(matching.halves(metric, prefix, mask), r, n, prefix, mask=mask)
+            return Pairing()
         tokens = prefix + matching.ranked(self.energies(metric, prefix, layer, layers, mask))
         if flavour == "bsm":
-            match = matching.lists(metric, tokens[:, 0::2], tokens[:, 1::2], mask)
-            return matching.pair_up(match, r, n, prefix, order="similarity", mask=mask)
+            return Pairing(tokens[:, 0::2], tokens[:, 1::2], order="similarity")
         a, b = tokens[:, 0 : 2 * r : 2], tokens[:, 1 : 2 * r : 2]
         if flavour == "text":
             a, b = tokens[:, :r], tokens[:, r : 2 * r]
-        match = matching.lists(metric, a, b, mask)
-        return matching.pair_up(match, r, n, prefix, rest=tokens[:, 2 * r :], order="similarity", mask=mask)
+        return Pairing(a, b, tokens[:, 2 * r :], "similarity")
 
     def energies(
         self, metric: Tensor, prefix: int, layer: int = 0, layers: int = 1, mask: Tensor | None = None
@@ -180,8 +186,9 @@ class PiToMe(Stateless):
 
     def reduce(self, view: LayerView) -> Reduced | None:
         """Merge by the keys of this layer, or by the tokens themselves."""
-        metric = view.metric() if self.metric == "keys" else view.x
-        plan = self.plan(metric, prefix=view.prefix, layer=view.layer, layers=view.layers, mask=view.mask)
-        if plan.out_tokens < view.tokens and not self.weighted:
-            return Reduced(plan.merge(view.x), None, plan.token_map)
-        return matching.merged(view, plan)
+        r = self.count(view.layer, view.layers, view.tokens, view.prefix)
+        if r == 0:
+            return None
+        metric = view.features(self.metric)
+        pairing = self._pairing(metric, r, view.prefix, view.layer, view.layers, view.mask)
+        return matching.merge_pairs(view, metric, r, pairing, sized=self.weighted)

@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from tokencomp import ragged
-from tokencomp.methods import base, pruning
+from tokencomp import ops, ragged
+from tokencomp.methods import base, matching, pruning
 
 
 @base.register("prumerge", paper="2403.15388", stage="visual tokens, between vision encoder and projector")
@@ -32,8 +31,8 @@ class PruMerge:
     neighbours: int = field(default=32, metadata={"help": "similar tokens that each kept one takes in"})
 
     def __post_init__(self) -> None:
-        if self.neighbours < 0:
-            raise ValueError(f"PruMerge: neighbours must not be negative, got {self.neighbours!r}")
+        if not 0 <= self.neighbours <= 32:
+            raise ValueError(f"PruMerge: neighbours must be in [0, 32], got {self.neighbours!r}")
 
     def picks(self, score: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """The kept tokens, outliers by descending score, then those of the grid: ``[B, K]`` int32, -1 behind.
@@ -71,7 +70,7 @@ class PruMerge:
     ) -> tuple[Tensor, Tensor]:
         """The kept tokens with what they took in, then the token of all dropped ones.
 
-        Holds the ``[B, K, N]`` similarities of keys.
+        Holds ``[B, K, N]`` weights.
 
         Args:
             x: ``[B, N, C]`` features of the image tokens.
@@ -98,18 +97,19 @@ class PruMerge:
         return y.to(x.dtype), (count + 1).to(torch.int32)
 
     def _nearest(self, key: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
-        """``[B, K, N]`` float32, 1 where the token is among the nearest of the kept one, which is not itself.
-
-        Not ``ops.cosine_match``: of its at most 32 columns a token's own would be one.
+        """``[B, K, N]`` float32, 1 where the token is among the nearest of the kept one, itself not among
+        them.
         """
-        unit: Tensor = normalize(key.float(), dim=-1)
-        cosine: Tensor = ragged.gather_rows(unit, kept) @ unit.mT
-        itself = kept[..., None] == torch.arange(key.shape[1], device=key.device)
-        cosine = cosine.masked_fill(itself | ~mask[:, None] | cosine.isnan(), float("-inf"))
-        best = cosine.sort(dim=2, descending=True, stable=True)
-        close = best.values[..., : self.neighbours] > float("-inf")
-        nearest = best.indices[..., : self.neighbours]
-        return torch.zeros_like(cosine).scatter(2, nearest, close.float())
+        (batch, rows), tokens = kept.shape, key.shape[1]
+        out = key.new_zeros(batch, rows, tokens + 1, dtype=torch.float32)  # one column takes what is missing
+        if self.neighbours > 0:
+            key = matching.dense(key)
+            _, nearest = ops.cosine_match(
+                key, key, a_index=kept, mask_b=mask, top=self.neighbours, exclude_self=True
+            )
+            nearest = nearest.view(batch, rows, self.neighbours).long()
+            out = out.scatter(2, torch.where(nearest < 0, tokens, nearest), 1.0)
+        return out[..., :tokens]
 
 
 def cls_score(q: Tensor, k: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from tokencomp.methods import base, matching, schedule
 from tokencomp.methods.layers import LayerView, Reduced, Stateless
 from tokencomp.methods.matching import Plan
 from tokencomp.methods.schedule import Rate
+from tokencomp.ops.merge import Mode
 
 
 @base.register("tofu", paper="2312.01026", stage="every encoder layer, between attention and MLP")
@@ -41,28 +42,33 @@ class ToFu(Stateless):
         """Whether ``layer`` drops: ``layer <= floor(early * layers)``."""
         return layer <= int(self.early * layers)
 
+    def count(self, layer: int, layers: int, tokens: int, prefix: int) -> int:
+        """r of ``layer`` that has ``tokens``, prefix included."""
+        return schedule.cap(schedule.per_layer(self.r, layers)[layer], tokens, prefix)
+
     def plan(
         self, metric: Tensor, *, prefix: int = 1, layer: int = 0, layers: int = 1, mask: Tensor | None = None
     ) -> Plan:
         """What ``layer`` of ``layers`` matches, like ``ToMe.plan``: also a dropped token names its target."""
-        r = schedule.cap(schedule.per_layer(self.r, layers)[layer], metric.shape[1], prefix)
-        if r == 0:
-            return matching.identity(metric)
-        return matching.pair_up(matching.halves(metric, prefix, mask), r, metric.shape[1], prefix, mask=mask)
+        r = self.count(layer, layers, metric.shape[1], prefix)
+        return matching.identity(metric) if r == 0 else matching.plan_pairs(metric, r, prefix, mask=mask)
 
     def apply(self, x: Tensor, plan: Plan, *, layer: int = 0, layers: int = 1) -> Tensor:
         """``x`` ``[B, N, C]`` by ``plan`` in the manner of ``layer``: ``[B, M, C]``."""
+        weight, mode = self._manner(x, layer, layers)
+        return matching.merge(x, plan, weight=weight, mode=mode)[0]
+
+    def _manner(self, x: Tensor, layer: int, layers: int) -> tuple[Tensor | None, Mode]:
         if not self.drops(layer, layers):
-            return matching.merge(x, plan, mode="mlerp")[0]
-        odd = torch.zeros(plan.token_map.shape, device=x.device)
+            return None, "mlerp"
+        odd = torch.zeros(x.shape[:2], device=x.device)
         odd[:, 1::2] = 1.0  # the target of a group is its odd token, and "drop" keeps that of largest weight
-        return matching.merge(x, plan, weight=odd, mode="drop")[0]
+        return odd, "drop"
 
     def reduce(self, view: LayerView) -> Reduced | None:
         """Match by the keys of this layer."""
-        plan = self.plan(
-            view.metric(), prefix=view.prefix, layer=view.layer, layers=view.layers, mask=view.mask
-        )
-        if plan.out_tokens == view.tokens:
+        r = self.count(view.layer, view.layers, view.tokens, view.prefix)
+        if r == 0:
             return None
-        return Reduced(self.apply(view.x, plan, layer=view.layer, layers=view.layers), None, plan.token_map)
+        weight, mode = self._manner(view.x, view.layer, view.layers)
+        return matching.merge_pairs(view, view.metric(), r, sized=False, weight=weight, mode=mode)
