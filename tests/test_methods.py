@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from backends import Backend
+from kv_methods import KV_METHODS
 from merging import BLOCK_CASES, LAYER_CASES
 from method_cases import LAYER_METHOD_CASES, TENSOR_METHOD_CASES
 from tokencomp import methods
@@ -21,7 +22,7 @@ def e1(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 PIVOT_1 = {"pivot": torch.tensor([1])}
-BASELINES = {"random", "stride"}  # without a paper
+BASELINES = {"random", "stride", "random_kv", "stride_kv"}  # without a paper
 
 CLS_1 = {"cls_score": torch.tensor([[0.1, 0.5, 0.1, 0.1, 0.5, float("nan")]])}
 
@@ -50,11 +51,12 @@ def test_worked_example(
 
 
 def test_every_method_has_a_case() -> None:
-    """Selectors have a row above; the others, inside encoders or around blocks, have tables of their own."""
+    """Selectors have a row above; those of encoders, blocks and caches have tables of their own."""
     layers = {type(method) for method in LAYER_CASES.values()} | {
         type(case[0]) for case in LAYER_METHOD_CASES
     }
     others = {type(case[0]) for case in [*METHOD_CASES, *BLOCK_CASES, *TENSOR_METHOD_CASES]}
+    others |= {type(method) for method in KV_METHODS.values()}
     everything = {entry.cls for entry in methods.all_methods()}
     assert layers | others == everything
     assert layers == {cls for cls in everything if hasattr(cls, "reduce")}

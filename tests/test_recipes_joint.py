@@ -190,6 +190,55 @@ def test_ems_assignment() -> None:
     assert recipes.merge_assign(*pair, raw=True).tolist() == [[[0]]]
 
 
+def test_ems_merging() -> None:
+    """Token 1 goes into center 5, which it equals, and 3 into center 0."""
+    score = torch.tensor([[[0.939394, 0.234848, 0.5, 0.117424, 0.070455, 0.6]]])
+    groups = index_of(0, 2, 5), index_of(1, 3)
+    assign = recipes.merge_assign(EMS_K, EMS_V, *groups)
+    k, v, s = recipes.merge_into_centers(EMS_K, EMS_V, score, *groups, assign)
+    w = score.double().flatten()
+    norm = (2 * w[0] + w[3]) / (w[0] + w[3])
+    turned = (w[0] * torch.tensor([1.0, 0]) + w[3] * torch.tensor([0.8, 0.6])) / (w[0] + w[3])
+    close(k, torch.stack([norm * turned, torch.tensor([1.0, 0]), torch.tensor([0.0, 1])])[None, None])
+    close(k[0, 0, 0], [1.846914, 0.125926])
+    close(v, [[[[1, 0], [0.8, 0.6], [0, 1]]]])
+    close(s, [[[w[0] + w[3], w[2], w[1] + w[5]]]])
+    dropped = recipes.merge_assign(EMS_K, EMS_V, *groups, tau=0.9)
+    k, v, s = recipes.merge_into_centers(EMS_K, EMS_V, score, *groups, dropped, keys=False)
+    close(k, EMS_K[:, :, [0, 2, 5]].double())
+    close(s, [[[w[0], w[2], w[1] + w[5]]]])
+
+
+def test_merge_into_centers_against_loops() -> None:
+    _, k = random_sides(2, 3, 3, 1, 30, 3)
+    _, v = random_sides(2, 3, 3, 1, 30, 5, seed=1)
+    score = v.square().sum(-1)
+    centers, merged = recipes.merge_groups(score, 7, 9)
+    centers[0, 0, 6] = -1
+    assign = recipes.merge_assign(k, v[..., :3], centers, merged, tau=0.1)
+    got = recipes.merge_into_centers(k, v, score, centers, merged, assign)
+    for b, h, c in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(7)).tolist():
+        members = [int(centers[b, h, c])] + [int(i) for i in merged[b, h][assign[b, h] == c]]
+        if members[0] < 0:
+            assert all((t[b, h, c] == 0).all() for t in got)
+            continue
+        w = score[b, h, members].double()[:, None]
+        keys, values = k[b, h, members].double(), v[b, h, members].double()
+        norms = keys.norm(dim=1, keepdim=True)
+        mean = (w * norms).sum(0) * (w * keys / norms).sum(0) / w.sum() ** 2
+        for ours, want in zip(got, (mean, (w * values).sum(0) / w.sum(), w.sum()), strict=True):
+            close(ours[b, h, c], want, 5e-6)
+    assert (assign >= 0).sum() > 10
+
+
+def test_a_center_without_score_keeps_itself() -> None:
+    zero = torch.zeros(1, 1, 6)
+    got = recipes.merge_into_centers(EMS_K, EMS_V, zero, index_of(0, 2), index_of(1), index_of(-1))
+    close(got[0], EMS_K[:, :, [0, 2]].double())
+    close(got[1], EMS_V[:, :, [0, 2]].double())
+    assert (got[2] == 0).all()
+
+
 def test_merge_assign_against_loops() -> None:
     _, k = random_sides(2, 3, 3, 1, 30, 3)
     _, v = random_sides(2, 3, 3, 1, 30, 3, seed=1)
@@ -298,8 +347,12 @@ L = torch.zeros(1, 2)
         (lambda: recipes.merge_groups(S, -1, 1), "merge_groups: centers must be >= 0, got -1"),
         (lambda: recipes.merge_assign(Q, Q[:, :1], I, I), r"v must be of shape \[1, 2, 3, Dv\], got"),
         (lambda: recipes.merge_assign(Q, Q, I[:, :1], I), r"centers must be of shape \[1, 2, '...'\]"),
+        (
+            lambda: recipes.merge_into_centers(Q, Q, S, I, I, I[..., :2]),
+            r"assign must be of shape \[1, 2, 3\]",
+        ),
         (lambda: recipes.attention_entropy(S, L[:, :1]), r"lse must be of shape \[1, 2\], got \[1, 1\]"),
-        (lambda: recipes.output_gradients(S, Q, S, L, S[:, :1]), r"previous must be of shape \[1, 2, 3\]"),
+        (lambda: recipes.output_gradients(S, Q, S, L, S[:, :1]), r"previous must be of shape \[1, 2, 4\]"),
         (lambda: recipes.critic_score(L, L, L[:, :1]), r"gradient must be of shape \[1, 2\], got \[1, 1\]"),
         (lambda: recipes.critic_score(L, L, L, weights=(1, 1, 0)), "weights must be >= 0 and adding up to 1"),
         (lambda: recipes.critic_budget(0, 0.5, 1), "critic_budget: tokens must be >= 1, got 0"),

@@ -97,7 +97,14 @@ def accumulate_chunk(
     return own + torch.nn.functional.pad(score * gamma ** q.shape[2], (0, q.shape[2]))
 
 
-def tova_score(q: Tensor, k: Tensor, *, scale: float | None = None, lengths: Tensor | None = None) -> Tensor:
+def tova_score(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """Attention of the last query, averaged over all query heads: one score a key and layer (TOVA, arXiv
     2401.06104).
 
@@ -106,6 +113,7 @@ def tova_score(q: Tensor, k: Tensor, *, scale: float | None = None, lengths: Ten
     Args:
         q: ``[B, Hq, D]``, the last query of each sequence.
         k: ``[B, Hkv, S, D]``.
+        softcap: of the logits, as in ``qk_scores``.
         lengths: ``[B]`` keys of each sequence.
 
     Returns:
@@ -115,7 +123,7 @@ def tova_score(q: Tensor, k: Tensor, *, scale: float | None = None, lengths: Ten
         ValueError, RuntimeError: as in ``qk_scores``.
     """
     require_dims("tova_score", "q", q, "[B, Hq, D]")
-    logits, lse = ops.qk_scores(q, k, scale=scale, lengths=lengths)
+    logits, lse = ops.qk_scores(q, k, scale=scale, softcap=softcap, lengths=lengths)
     return ops.head_vote(logits, lse, mode="softmax_sum") / q.shape[1]
 
 

@@ -74,7 +74,7 @@ def adakv_budget(
         base: mean keys a head, >= 0.
         alpha: share that is not competed for, in [0, 1].
         normalize: scale each head by the share its best ``base`` keys have of its mass, first.
-        lengths: ``[B]`` keys of each sequence that compete.
+        lengths: ``[B]`` keys of each sequence that compete, or ``[B, H]`` of each head.
 
     Returns:
         ``[B, H]`` int32.
@@ -93,7 +93,9 @@ def adakv_budget(
         best = mass.topk(min(base, keys), dim=-1).values.sum(-1, keepdim=True)
         total = mass.sum(-1, keepdim=True)
         score = torch.where(total > 0, score.float() * best / torch.where(total > 0, total, 1.0), score)
-    ends = None if lengths is None else lengths[:, None].expand(batch, heads).contiguous()
+    ends = lengths
+    if lengths is not None and lengths.dim() == 1:
+        ends = lengths[:, None].expand(batch, heads).contiguous()
     floor = int(alpha * base)
     if form == "exact":
         return ops.topk_budget(score, heads * base, floor=floor, lengths=ends)

@@ -89,11 +89,13 @@ def minmax(x: Tensor, *, eps: float = 1e-6, lengths: Tensor | None = None) -> Te
 
 
 def existing(score: Tensor, lengths: Tensor | None) -> Tensor:
-    """Bool mask of the keys that exist, broadcastable to ``score`` ``[B, ..., S]``."""
+    """Bool mask of the keys that exist, broadcastable to ``score`` ``[B, ..., S]``; lengths ``[B]`` or ``[B,
+    H]``.
+    """
     key = torch.arange(score.shape[-1], device=score.device)
     if lengths is None:
         return key >= 0
-    return key < lengths.view(-1, *[1] * (score.dim() - 1))
+    return key < lengths.view(*lengths.shape, *[1] * (score.dim() - lengths.dim()))
 
 
 def require(holds: bool, op: str, argument: str, expected: str, got: object) -> None:

@@ -122,6 +122,60 @@ def merge_assign(
     return torch.where((best[..., 0] >= tau) & (merged >= 0), first, -1)
 
 
+def merge_into_centers(
+    k: Tensor, v: Tensor, score: Tensor, centers: Tensor, merged: Tensor, assign: Tensor, *, keys: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Centers that have taken up the keys assigned to them, in proportion to the scores (EMS).
+
+    Over a center and what it takes up, ``w`` the scores: the value is the mean ``sum w v / sum w``; the key
+    has the mean direction ``sum w k / |k| / sum w`` times the mean norm ``sum w |k| / sum w``, so that keys
+    of several directions do get shorter, but long ones do not drown short ones; the score is the sum. The
+    zero class is merged into nothing.
+
+    Args:
+        k, v: ``[B, H, S, D]`` and ``[B, H, S, Dv]``, computed in float32.
+        score: ``[B, H, S]`` float, >= 0; a center without any score around it stays as it is.
+        centers, merged, assign: of ``merge_groups`` and ``merge_assign``.
+        keys: also merge keys, as the paper does. Rotated keys of distant positions blur each other: without,
+            centers keep their own.
+
+    Returns:
+        keys ``[B, H, C, D]``, values ``[B, H, C, Dv]`` and scores ``[B, H, C]``, float32, 0 in holes.
+
+    Raises:
+        ValueError: a shape that is not as above.
+    """
+    op = "merge_into_centers"
+    require_dims(op, "k", k, "[B, H, S, D]")
+    for name, t, want in (
+        ("v", v, [*k.shape[:3], v.shape[-1]]),
+        ("score", score, list(k.shape[:3])),
+        ("centers", centers, [*k.shape[:2], centers.shape[-1]]),
+        ("merged", merged, [*k.shape[:2], merged.shape[-1]]),
+        ("assign", assign, list(merged.shape)),
+    ):
+        require(list(t.shape) == want, op, name, f"of shape {want}", list(t.shape))
+    both = torch.cat([centers, merged], -1)
+    rank = torch.arange(centers.shape[2], dtype=torch.int32, device=k.device)
+    target = torch.cat([rank.expand(centers.shape), assign], -1)
+    weight = torch.where(both < 0, 0.0, score.float().gather(2, both.clamp(min=0).long()))
+    share = torch.where(target[:, :, None] == rank[:, None], weight[:, :, None], 0.0)  # [B, H, C, C + M]
+    total = share.sum(-1)
+    alone = torch.arange(both.shape[2], device=k.device) == rank[:, None]  # where no score says otherwise
+    share = torch.where(total[..., None] > 0, share / torch.where(total > 0, total, 1.0)[..., None], alone)
+
+    def taken(x: Tensor) -> Tensor:
+        index = both.clamp(min=0).long()[..., None].expand(-1, -1, -1, x.shape[-1])
+        return torch.where(both[..., None] < 0, 0.0, x.float().gather(2, index))
+
+    k_taken = taken(k)
+    new_keys = k_taken[:, :, : centers.shape[2]]
+    if keys:
+        norm = k_taken.norm(dim=-1, keepdim=True)
+        new_keys = (share @ norm) * (share @ (k_taken / norm.clamp(min=1e-12)))
+    return new_keys, share @ taken(v), total
+
+
 def attention_entropy(logits: Tensor, lse: Tensor) -> Tensor:
     """``[B, Hq]`` float32 entropy in nats of one attention row a head: ``lse - sum_j p_j z_j``.
 
@@ -146,15 +200,15 @@ def output_gradients(
 ) -> tuple[Tensor, Tensor]:
     """L1 norms of the gradients of ``mean((output - previous) ** 2)`` by each key and value, in closed form.
 
-    With ``g = 2 (o - previous) / D``, ``|dL/dV_j| = p_j |g|``, ``|dL/dK_j| = p_j |<g, V_j - o>| |q| scale``
+    With ``g = 2 (o - previous) / Dv``, ``|dL/dV_j| = p_j |g|``, ``|dL/dK_j| = p_j |<g, V_j - o>| |q| scale``
     (CRITIC, arXiv 2504.01281). The loss is a head's own, the norms of a group's heads are to be added, which
     bounds the norm of their sum.
 
     Args:
         q: ``[B, Hq, D]`` queries of this step.
-        v: ``[B, Hkv, S, D]``.
+        v: ``[B, Hkv, S, Dv]``.
         logits, lse: ``[B, Hq, S]`` and ``[B, Hq]``, of ``qk_scores`` with the same scale.
-        previous: ``[B, Hq, D]``, the attention output of the step before.
+        previous: ``[B, Hq, Dv]``, the attention output of the step before.
         scale: default ``D ** -0.5``.
 
     Returns:
@@ -166,9 +220,10 @@ def output_gradients(
     op = "output_gradients"
     require_dims(op, "q", q, "[B, Hq, D]")
     require_dims(op, "v", v, "[B, Hkv, S, D]")
-    require(previous.shape == q.shape, op, "previous", f"of shape {list(q.shape)}", list(previous.shape))
     batch, heads, dim = q.shape
-    groups, keys = v.shape[1], v.shape[2]
+    groups, keys, width = v.shape[1:]
+    shape = [batch, heads, width]
+    require(list(previous.shape) == shape, op, "previous", f"of shape {shape}", list(previous.shape))
     require(groups > 0 and heads % groups == 0, op, "Hq", f"a multiple of Hkv={groups}", heads)
     expected = [batch, heads, keys]
     require(list(logits.shape) == expected, op, "logits", f"of shape {expected}", list(logits.shape))
@@ -178,8 +233,8 @@ def output_gradients(
     def grouped(t: Tensor) -> Tensor:
         return t.reshape(batch, groups, heads // groups, t.shape[-1])
 
-    output = (grouped(probability) @ value).view(batch, heads, dim)
-    slope = 2 * (output - previous.float()) / dim
+    output = (grouped(probability) @ value).view(batch, heads, width)
+    slope = 2 * (output - previous.float()) / width
     along = (grouped(slope) @ value.transpose(2, 3)).view(batch, heads, keys)
     along = along - (slope * output).sum(-1, keepdim=True)
     factor = q.float().abs().sum(-1, keepdim=True) * (dim**-0.5 if scale is None else scale)

@@ -8,7 +8,13 @@ from tokencomp.recipes.common import existing, pool_scores, require, require_dim
 
 
 def past_importance(
-    q: Tensor, k: Tensor, *, kernel: int = 7, scale: float | None = None, lengths: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    kernel: int = 7,
+    scale: float | None = None,
+    softcap: float | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Attention of the last ``w`` queries to the keys before them, which alone share the softmax.
 
@@ -20,6 +26,7 @@ def past_importance(
         k: ``[B, Hkv, S, D]``, S >= w; the window's own keys are the last w.
         kernel: pooling width, >= 1.
         scale: default ``D ** -0.5``.
+        softcap: of the logits, as in ``column_score``.
         lengths: ``[B]`` keys of each sequence, window included.
 
     Returns:
@@ -39,7 +46,7 @@ def past_importance(
     past = (end - window).clamp(min=0)
     # the window's queries as more heads of the group: every key is read once for all of them
     rows = q.view(batch, groups, heads // groups, window, dim).transpose(2, 3).reshape(batch, -1, dim)
-    logits, _ = ops.qk_scores(rows, k, scale=scale, lengths=past)
+    logits, _ = ops.qk_scores(rows, k, scale=scale, softcap=softcap, lengths=past)
     logits = ops.head_vote(logits, mode="max", groups=groups * window)
     weight = torch.where(logits == -torch.inf, 0.0, logits.softmax(-1))  # a row without past keys is NaN
     score = weight.view(batch, groups, window, keys).mean(2)
@@ -96,6 +103,7 @@ def rkv_score(
     kernel: int = 7,
     threshold: float = 0.5,
     scale: float | None = None,
+    softcap: float | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """Joint score of R-KV: ``trade_off * past_importance - (1 - trade_off) * key_redundancy``.
@@ -103,7 +111,7 @@ def rkv_score(
     Keep with ``select_per_head(out, budget, tail=w)``.
 
     Args:
-        q, k, kernel, threshold, scale, lengths: as in the two parts.
+        q, k, kernel, threshold, scale, softcap, lengths: as in the two parts.
         trade_off: lambda in [0, 1]; the paper has 0.1, its code 0.07.
 
     Returns:
@@ -113,7 +121,7 @@ def rkv_score(
         ValueError: a shape or number that is not as above; RuntimeError as in ``qk_scores``.
     """
     require(0 <= trade_off <= 1, "rkv_score", "trade_off", "in [0, 1]", trade_off)
-    importance = past_importance(q, k, kernel=kernel, scale=scale, lengths=lengths)
+    importance = past_importance(q, k, kernel=kernel, scale=scale, softcap=softcap, lengths=lengths)
     redundancy = key_redundancy(k, threshold=threshold, lengths=lengths)
     joint = trade_off * importance - (1 - trade_off) * redundancy
     return torch.where(importance == -torch.inf, -torch.inf, joint)  # not 0 * -inf

@@ -1,5 +1,7 @@
 """Scores from an observation window, the last queries of a prompt: SnapKV, SpecKV, SpecPC."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ def window_score(
     rows: Rows = "sum",
     heads: Heads = "kv_mean",
     scale: float | None = None,
+    softcap: float | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
     """Pooled attention of the last ``w`` queries to the keys before them.
@@ -31,6 +34,7 @@ def window_score(
         q: ``[B, Hq, w, D]``, the last queries of each sequence.
         k: ``[B, Hkv, S, D]``, S >= w.
         kernel: pooling width, >= 1.
+        softcap: of the logits, as in ``column_score``.
         lengths: ``[B]`` keys of each sequence, right-padded; the window is the last w of them. Rows before
             the start of a shorter sequence are nothing.
 
@@ -44,10 +48,9 @@ def window_score(
     window = _check_window(op, q, k)
     end = torch.full((q.shape[0],), k.shape[2], device=q.device) if lengths is None else lengths.long()
     position = end[:, None] - window + torch.arange(window, device=q.device)
-    lse = ops.attention_lse(q, k, scale=scale, lengths=lengths, q_position=position)
-    score = ops.column_score(
-        q, k, lse, scale=scale, lengths=lengths, q_position=position, rows=rows, heads=heads
-    )
+    sides: dict[str, Any] = {"scale": scale, "softcap": softcap, "lengths": lengths, "q_position": position}
+    lse = ops.attention_lse(q, k, **sides)
+    score = ops.column_score(q, k, lse, **sides, rows=rows, heads=heads)
     return pool_scores(score, kernel, kind=pool, lengths=(end - window).clamp(min=0))
 
 
