@@ -143,20 +143,6 @@ def test_output_attentions_of_generate() -> None:
     assert len(output.attentions[0]) == 3
 
 
-@pytest.mark.parametrize("mask", [None, LEFT, RIGHT], ids=["full", "left", "right"])
-def test_attention_scores_of_sliding_windows(mask: Tensor | None) -> None:
-    torch.manual_seed(0)
-    config = transformers.MistralConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=2, sliding_window=6, initializer_range=0.3,
-    )  # fmt: skip
-    model, ids = transformers.MistralForCausalLM(config).eval(), prompt()
-    theirs = eager_sums(model, ids, mask)
-    with tokencomp.attention_scores(using(model, "sdpa")) as scores:
-        model(ids, attention_mask=mask)
-    close(scores.last, theirs)
-
-
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["full", "left"])
 def test_softcap(mask: Tensor | None) -> None:
     torch.manual_seed(0)

@@ -7,6 +7,7 @@
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,11 +28,12 @@ Weights = Tensor | Callable[[int], Tensor] | None
 
 class Padding(NamedTuple):
     """What a mask was made from: ``rows`` ``[B, T]`` real queries, and ``keys`` ``[B, S]`` real keys if the
-    rest of the mask is plain causality.
+    rest of the mask is plain causality, in a sliding window of ``window`` keys if there is one.
     """
 
     rows: Tensor | None
     keys: Tensor | None
+    window: int | None = None
 
 
 class AttentionScores:
@@ -75,17 +77,22 @@ def register_attention(name: str = IMPLEMENTATION) -> str:
         ValueError: a name that transformers would treat as something else, or that others registered.
         ImportError: transformers is not installed.
     """
+    register_functions(name, hf_attention, hf_mask)
+    return name
+
+
+def register_functions(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Register an attention function and its mask function; raises as ``register_attention``."""
     _check_name(name)
     attentions, masks = _interfaces()
-    for kind, registered, ours in (("attention", attentions, hf_attention), ("mask", masks, hf_mask)):
+    for kind, registered, ours in (("attention", attentions, attention), ("mask", masks, mask)):
         known = registered.get(name)
         if known is not None and known is not ours:
             raise ValueError(
                 f"register_attention: {name!r} is taken by another {kind} function; choose another name"
             )
-    type(attentions).register(name, hf_attention)
-    type(masks).register(name, hf_mask)
-    return name
+    type(attentions).register(name, attention)
+    type(masks).register(name, mask)
 
 
 @contextmanager
@@ -119,7 +126,7 @@ def attention_scores(
             config = vars(module).get("config")
             if getattr(config, "_attn_implementation", None) is None:
                 continue
-            view = switched.setdefault(id(config), _switched(config, name))
+            view = switched.setdefault(id(config), switched_config(config, name))
             members = {"config": property(_always(view)), COLLECTOR: scores}
             patches.add(module, **members)
         if not switched:
@@ -182,16 +189,16 @@ def hf_attention(
     if collector is not None:
         column_weights = collector.weights(query)
     causal = attention_mask is None and _is_causal(module, is_causal)
-    rows = keys = None
+    padding = Padding(None, None)
     if wanted and attention_mask is not None:
-        rows, keys = getattr(attention_mask, PADDING, (None, None))
-        if keys is not None:
+        padding = getattr(attention_mask, PADDING, padding)
+        if padding.keys is not None:
             attention_mask, causal = None, True
     result = attention.attend(
         query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=True,
         return_columns=wanted, column_weights=column_weights if wanted else None,
-        heads="none" if collector is None else collector.heads, key_mask=keys, query_mask=rows,
-        softcap=softcap, sinks=s_aux,
+        heads="none" if collector is None else collector.heads, key_mask=padding.keys,
+        query_mask=padding.rows, window=padding.window, softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     if collector is not None and result.columns is not None:
         collector.add(result.columns)
@@ -242,15 +249,35 @@ def hf_mask(
     if mask is None or both_ways or not aligned or torch.compiler.is_compiling():
         return mask
     rows = keys = None
-    plain = mask_function is masking_utils.causal_mask_function
+    window = _sliding_window(mask_function)
+    plain = window is not None or mask_function is masking_utils.causal_mask_function
     if attention_mask is not None:
         padding: Any = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         rows = padding[:, q_offset : q_offset + q_length]
         keys = padding[:, kv_offset : kv_offset + kv_length] if plain else None
     elif plain:
         keys = mask.new_ones(batch_size, kv_length)
-    setattr(mask, PADDING, Padding(rows, keys))
+    setattr(mask, PADDING, Padding(rows, keys, window))
     return mask
+
+
+def _sliding_window(mask_function: Callable[..., Any]) -> int | None:
+    """The window of transformers' own sliding-window causal mask function; None for any other function.
+
+    It is a closure over its parts, so that a pattern somebody added to is another closure and not taken for
+    it.
+    """
+    from transformers import masking_utils
+
+    def parts(function: Any, like: Any, name: str) -> Any:
+        same = inspect.isfunction(function) and function.__code__ is like.__code__
+        return inspect.getclosurevars(function).nonlocals.get(name) if same else None
+
+    both = parts(mask_function, masking_utils.and_masks(), "mask_functions")
+    if not both or len(both) != 2 or both[1] is not masking_utils.causal_mask_function:
+        return None
+    window: int | None = parts(both[0], masking_utils.sliding_window_overlay(1), "sliding_window")
+    return window
 
 
 def _is_causal(module: nn.Module, given: bool | None) -> bool:
@@ -261,8 +288,8 @@ def _always(value: Any) -> Callable[[Any], Any]:
     return lambda self: value
 
 
-def _switched(config: Any, name: str) -> Any:
-    """A copy of the configuration, its sub-configurations shared, that names our implementation."""
+def switched_config(config: Any, name: str) -> Any:
+    """A copy of ``config``, its sub-configurations shared, that names another attention implementation."""
     switched = copy.copy(config)
     switched._attn_implementation_internal = name
     return switched

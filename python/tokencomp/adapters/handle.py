@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
 from tokencomp import token_map
-from tokencomp.adapters import vit
+from tokencomp.adapters import llm, vit
+from tokencomp.adapters.kv_handle import CompressedCache
+from tokencomp.methods import kv
+from tokencomp.methods.kv import KVMethod
 from tokencomp.methods.layers import LayerMethod
 
 
@@ -97,10 +100,38 @@ class Compressed:
         return stack, run
 
 
-def compress(model: nn.Module, *methods: LayerMethod, dense: bool | None = None) -> Compressed:
-    """Make ``model`` process fewer tokens, until the handle is removed or its context left.
+@overload
+def compress(model: nn.Module, method: LayerMethod, /, *, dense: bool | None = None) -> Compressed:
+    """On an encoder."""
+
+
+@overload
+def compress(
+    model: nn.Module,
+    method: KVMethod,
+    /,
+    *,
+    page: int | None = None,
+    memory_limit: int | str | None = None,
+    chunks: Literal["each", "last"] = "each",
+    attention: llm.Attention = "paged",
+) -> CompressedCache:
+    """On the cache of a decoder."""
+
+
+def compress(
+    model: nn.Module,
+    *methods: Any,
+    dense: bool | None = None,
+    page: int | None = None,
+    memory_limit: int | str | None = None,
+    chunks: Literal["each", "last"] = "each",
+    attention: llm.Attention = "paged",
+) -> Compressed | CompressedCache:
+    """Make ``model`` process or remember fewer tokens, until the handle is removed or its context left.
 
     ``with tokencomp.compress(model, methods.ToMe(r=16)) as handle: model(pixel_values=...); handle.report()``
+    ``with tokencomp.compress(model, methods.A2SF(budget=512)) as handle: model.generate(...)``
 
     A method between attention and MLP (``tokencomp.methods.layers.LayerMethod``) works on the one
     encoder in the model. Its layers get a subclass of their class; weights, names, hooks and
@@ -111,27 +142,59 @@ def compress(model: nn.Module, *methods: LayerMethod, dense: bool | None = None)
     the mean of heads that classify a mean of patches, and into SigLIP's attention pooling. Hidden states
     of different layers have different lengths.
 
+    A method on the KV cache (``tokencomp.methods.kv.KVMethod``) works on the one decoder in the model. Every
+    cache the model makes meanwhile is a ``PagedKVCache``, also an empty ``DynamicCache`` that is passed in;
+    its full-attention layers hold in pages what the method keeps, sliding ones are those of transformers.
+    Padding, which ``attention_mask`` ``[B, N]`` names, is never stored; positions are those of all tokens
+    seen. After each layer's attention to a prompt, or a chunk of one, the method evicts; then in decode
+    steps, forwards of up to 8 tokens, when it likes. For inference: no gradients flow through the cache.
+
     Args:
-        model: the whole model, head included. Known families: ``tokencomp.adapters.families()``.
+        model: the whole model, head included. Known encoders: ``tokencomp.adapters.families()``; decoders of
+            Hugging Face that attend through ``AttentionInterface``.
         methods: one method.
+        page: slots of a page, 16, 32 or 64; default 32 on a CPU, 64 on CUDA.
+        memory_limit: bytes that the pages of one cache never exceed, or ``"2GiB"``.
+        chunks: when a prompt in several forwards is evicted from, whose last one is not known as such:
+            ``each`` after each, which bounds memory; ``last`` at the first decode step, before it is stored.
+        attention: ``paged``: ours, which reads pages; ``model``: the implementation the model has, which is
+            handed all held keys as one tensor (for methods that look at no queries, with equal numbers of
+            tokens in all layers and heads).
         dense: whether the encoder's outputs are unmerged to one row a token. By default they are where
             somebody around it may need that: backbones, heads on every token, vision-language models,
             modules that this package does not know. An encoder by itself and heads on its first token or
             on a mean get merged tokens.
 
     Raises:
-        TypeError: something that is no method.
+        TypeError: something that is no method, or an argument of the other kind of method.
         ValueError: no known encoder, more than one, one that is compressed already, a forward that
-            differs from the known one, an attention implementation that cannot do what the method needs.
+            differs from the known one, an attention implementation that cannot do what the method needs, a
+            name of ours that others registered with transformers.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model must be a torch.nn.Module, got {type(model).__name__}")
     if len(methods) != 1:
         raise TypeError(f"compress: expected one method, got {len(methods)}")
-    for method in methods:
-        if isinstance(method, type) or not isinstance(method, LayerMethod):
-            raise TypeError(
-                "compress: a method has proportional, begin() and reduce() (tokencomp.methods.layers), "
-                f"got {method!r}"
-            )
-    return Compressed(model, [vit.attach(model, method, dense=dense) for method in methods])
+    method = methods[0]
+    if isinstance(method, type) or not isinstance(method, LayerMethod | KVMethod):
+        raise TypeError(
+            "compress: a method has proportional, begin() and reduce() (tokencomp.methods.layers) or is one "
+            f"of KV caches (tokencomp.methods.kv), got {method!r}"
+        )
+    if isinstance(method, KVMethod):
+        _refuse(method, "KV caches", dense=dense is not None)
+        limit = kv.parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+        return CompressedCache(
+            model, llm.attach(model, method, page=page, limit=limit, chunks=chunks, attention=attention)
+        )
+    _refuse(
+        method, "encoders", page=page is not None, memory_limit=memory_limit is not None,
+        chunks=chunks != "each", attention=attention != "paged",
+    )  # fmt: skip
+    return Compressed(model, [vit.attach(model, method, dense=dense)])
+
+
+def _refuse(method: object, kind: str, **given: bool) -> None:
+    wrong = [name for name, there in given.items() if there]
+    if wrong:
+        raise TypeError(f"compress: {type(method).__name__} is a method of {kind}, which take no {wrong[0]}")

@@ -86,7 +86,7 @@ def _first_layer(budget: float, layers: int, tokens: int) -> int:
 
 
 _MAKERS: dict[str, Make] = {
-    "tome": lambda *shape: methods.ToMe(r=count_for(*shape)),
+    "tome": lambda *shape: methods.ToMe(r=count_for(*shape), metric="tokens"),
     "pitome": lambda *shape: methods.PiToMe(keep=share_for(*shape), metric="tokens"),
     "tofu": lambda *shape: methods.ToFu(r=count_for(*shape)),
     "mctf": lambda *shape: methods.MCTF(r=count_for(*shape)),

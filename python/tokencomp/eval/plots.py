@@ -1,7 +1,8 @@
 """Pictures of a table: quality against bytes with the Pareto front, kept tokens on an image, needle depths.
 
 Drawn without pyplot, so that no display is asked for and no state of the caller's changes. The colours are
-those of Okabe and Ito, told apart without colour vision; every method has its own marker too.
+those of Okabe and Ito, told apart without colour vision; every method has a pair of colour and marker of its
+own.
 """
 
 from pathlib import Path
@@ -80,7 +81,7 @@ def quality(table: Table) -> Any:
         axes.errorbar(
             [cost(row) for row in rows], points, yerr=errors, label=method, capsize=3, linewidth=1.4,
             color="black" if i == 0 else COLOURS[(i - 1) % len(COLOURS)],
-            marker="*" if i == 0 else MARKERS[(i - 1) % len(MARKERS)], markersize=11 if i == 0 else 6,
+            marker="*" if i == 0 else _marker(i - 1), markersize=11 if i == 0 else 6,
             zorder=2 + i,
         )  # fmt: skip
     axes.set_xlim(left=0)
@@ -118,6 +119,11 @@ def overlay(table: Table) -> Any:
         panels[y][0].set_ylabel(f"budget {budget:g}", fontsize=10)
     figure.suptitle(f"{table.model}, {table.task}: tokens kept of the first sample", fontsize=11)
     return figure
+
+
+def _marker(i: int) -> str:
+    """The next round of colours begins one marker on."""
+    return MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]
 
 
 def _show(axes: Any, image: NDArray[np.float32], title: str) -> None:

@@ -1,0 +1,322 @@
+"""One layer of a compressed cache: stores what a forward brings, attends to it, and lets its method evict."""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokencomp import attention
+from tokencomp.cache.forward import Forward
+from tokencomp.cache.keep_all import KeepAll
+from tokencomp.cache.pool import Ints, Pool
+from tokencomp.cache.store import LayerStore
+from tokencomp.methods.kv import Keep, KVMethod, KVView
+
+Chunks = Literal["each", "last"]
+
+
+class Rule(NamedTuple):
+    """How a layer attends."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass
+class Events:
+    """What a layer has done."""
+
+    prompt: Ints | None = None  # [B, Hkv] slots that the first prompt left
+    evictions: int = 0
+    evicted: int = 0  # slots, of all rows
+    seconds: float = 0.0  # of the host in scoring, selecting and moving
+
+
+class View(KVView):
+    """A view whose positions are computed when a method looks at them."""
+
+    _store: LayerStore | None = None
+    _position: Tensor | None = None
+
+    @property
+    def position(self) -> Tensor:
+        """``[B, Hkv, C]`` int32."""
+        if self._position is None:
+            assert self._store is not None
+            self._position = self._store.position()
+        return self._position
+
+    @position.setter
+    def position(self, value: Tensor | None) -> None:
+        self._position = value
+
+
+class Layer:
+    """One layer.
+
+    Args:
+        index: among the layers of this cache.
+        layers: their number.
+        method: decides what stays.
+        chunks: ``each``: every chunk of a prompt is followed by an eviction; ``last``: there is one, before
+            the first decode step, which alone tells that the prompt has ended.
+    """
+
+    def __init__(self, index: int, layers: int, method: KVMethod, chunks: Chunks) -> None:
+        self.index, self.layers, self.method, self.chunks = index, layers, method, chunks
+        self.idle = type(method) is KeepAll
+        self.store: LayerStore | None = None
+        self.events = Events()
+        self.inv_freq: Tensor | None = None  # where the method rotates kept keys
+        self._owes = False  # a prompt was stored whole, and the eviction is still to come
+
+    # ---- a forward ---------------------------------------------------------------------------------------
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, what: Forward, rule: Rule, pool: Pool) -> Tensor:
+        """Store the tokens of a forward and attend: ``[B, Hq, T, Dv]`` of ``q`` ``[B, Hq, T, D]``."""
+        store = self._store(k, pool)
+        packing = what.packing
+        if packing is None:
+            return self._attend(store, q.detach(), k.detach(), v.detach(), what, rule)
+        if packing.order.shape[1] == 0:
+            return v.new_zeros(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+        q, k, v = (packing.pack(x.detach()) for x in (q, k, v))
+        return packing.unpack(self._attend(store, q, k, v, what, rule))
+
+    def append(self, k: Tensor, v: Tensor, what: Forward, pool: Pool) -> tuple[Tensor, Tensor]:
+        """Store the tokens of a forward and return all keys and values that are attended to by others.
+
+        ``[B, Hkv, held + T, D]``: what was held, at the right, then this forward's columns as they are.
+        """
+        store = self._store(k, pool)
+        held = _to_end(store, *store.gather()) if store.size else None
+        whole = (
+            (k, v) if held is None else tuple(torch.cat(pair, 2) for pair in zip(held, (k, v), strict=True))
+        )
+        packed = k.detach(), v.detach()
+        if what.packing is not None:
+            packed = what.packing.pack(packed[0]), what.packing.pack(packed[1])
+        none = packed[0][:, :, :0]
+        if what.step:
+            self._settle(store, none, what, Rule(1.0))
+            self._append(store, *packed, what)
+            if not self.idle:
+                self._answer(store, self.method.after_step, self._view(store, none, what, Rule(1.0)), what)
+        elif store.size:
+            self._append(store, *packed, what)
+            self._after_prompt(store, self._view(store, none, what, Rule(1.0)), what)
+        else:
+            self._first(store, none, *packed, what, Rule(1.0), None)
+        return whole[0], whole[1]
+
+    def _attend(
+        self, store: LayerStore, q: Tensor, k: Tensor, v: Tensor, what: Forward, rule: Rule
+    ) -> Tensor:
+        if what.step:
+            return self._step(store, q, k, v, what, rule)
+        if store.size:
+            return self._chunk(store, q, k, v, what, rule)
+        result = attention.attend(
+            q, k, v, is_causal=True, scale=rule.scale, enable_gqa=True, softcap=rule.softcap,
+            sinks=rule.sinks, return_lse=self.method.needs_lse,
+        )  # fmt: skip
+        self._first(store, q, k, v, what, rule, result.lse)
+        return result.output
+
+    def _step(self, store: LayerStore, q: Tensor, k: Tensor, v: Tensor, what: Forward, rule: Rule) -> Tensor:
+        if self._owes:
+            self._settle(store, q[:, :, :0], what, rule)
+        self._append(store, k, v, what)
+        wanted = not self.idle and self.method.needs_logits
+        found = store.decode(q, scale=rule.scale, softcap=rule.softcap, sinks=rule.sinks, logits=wanted)
+        if not self.idle:
+            begin = time.perf_counter()
+            view = self._view(store, q, what, rule)
+            if wanted:
+                view.lse, view.logits = found.lse, found.logits
+            keep = self.method.after_step(view)
+            if keep is not None:
+                self._evict(store, keep, what.seen)
+            self.events.seconds += time.perf_counter() - begin
+        return found.output
+
+    def _first(
+        self,
+        store: LayerStore,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        what: Forward,
+        rule: Rule,
+        lse: Tensor | None,
+    ) -> None:
+        """The first prompt: what is evicted at once is never stored."""
+        begin = time.perf_counter()
+        keep = None
+        if not self.idle:
+            store.widen(k.shape[2])
+            view = self._view(store, q, what, rule)
+            view.lengths = store.lengths + (
+                k.shape[2] if what.packing is None else what.packing.counts[:, None]
+            )
+            view.size, view.lse = k.shape[2], lse
+            view.keys, view.values = lambda: k, lambda: v
+            keep = self._asked(view)
+        if self.index == 0:
+            self._expect(store, what)
+        if keep is None or keep.merge is not None:
+            self._append(store, k, v, what)
+            if keep is not None:
+                self._evict(store, keep, what.seen)
+        else:
+            gone = store.fill(k, v, keep, what.seen, self.inv_freq)
+            self.events.evictions += gone > 0
+            self.events.evicted += gone
+        self.events.prompt = store.host_lengths.copy()
+        self.events.seconds += time.perf_counter() - begin
+
+    def _expect(self, store: LayerStore, what: Forward) -> None:
+        """Pages for all layers at once, as the method budgets them."""
+        page, rows = store.pool.page, store.host_lengths.size
+        budgets = self.method.resolve(
+            max(what.rows), self.layers, rows=rows, slot_bytes=store.slot_bytes, page=page
+        )
+        store.pool.expect(rows * sum(-(-min(slots, max(what.rows)) // page) for slots in budgets))
+
+    def _chunk(self, store: LayerStore, q: Tensor, k: Tensor, v: Tensor, what: Forward, rule: Rule) -> Tensor:
+        """A prompt on top of what is held."""
+        keys, values = (torch.cat(pair, 2) for pair in zip(store.gather(), (k, v), strict=True))
+        held = store.host_lengths.copy()
+        self._append(store, k, v, what)
+        output, lse = _attend_behind(q, keys, values, held, rule, self.method.needs_lse)
+        if not self.idle:
+            view = self._view(store, q, what, rule)
+            view.lse = lse
+            if what.packing is None and (held == store.size - k.shape[2]).all():
+                view.keys, view.values = lambda: keys, lambda: values
+            self._after_prompt(store, view, what)
+        return output
+
+    # ---- the method --------------------------------------------------------------------------------------
+
+    def _asked(self, view: KVView) -> Keep | None:
+        view.more = self.chunks == "last"
+        self._owes = view.more
+        return self.method.after_prefill(view)
+
+    def _after_prompt(self, store: LayerStore, view: KVView, what: Forward) -> None:
+        if not self.idle:
+            self._answer(store, self._asked, view, what)
+
+    def _settle(self, store: LayerStore, none: Tensor, what: Forward, rule: Rule) -> None:
+        """The eviction that a prompt of unknown end has left to the first decode step."""
+        if self._owes:
+            self._owes = False
+            before = what.seen - (what.tokens if what.counts is None else what.counts)
+            view = self._view(store, none, replace(what, seen=before, rows=before.tolist()), rule)
+            view.starts = view.counts = None
+            self._answer(store, self.method.evict, view, what, before)
+
+    def _answer(
+        self, store: LayerStore, ask: Any, view: KVView, what: Forward, seen: Ints | None = None
+    ) -> None:
+        begin = time.perf_counter()
+        keep = ask(view)
+        if keep is not None:
+            self._evict(store, keep, what.seen if seen is None else seen)
+        self.events.seconds += time.perf_counter() - begin
+
+    def _evict(self, store: LayerStore, keep: Keep, seen: Ints) -> None:
+        gone = store.compact(keep, seen, self.inv_freq)
+        self.events.evictions += gone > 0
+        self.events.evicted += gone
+
+    def _view(self, store: LayerStore, q: Tensor, what: Forward, rule: Rule) -> View:
+        packing = what.packing
+        gathered: list[tuple[Tensor, Tensor]] = []
+
+        def dense(which: int) -> Tensor:
+            if not gathered:
+                gathered.append(store.gather())
+            return gathered[0][which]
+
+        view = View(
+            layer=self.index, layers=self.layers, lengths=store.lengths, size=store.size,
+            position=None,  # type: ignore[arg-type]
+            seen=what.rows, step=what.number, q=q, scale=rule.scale, keys=lambda: dense(0),
+            values=lambda: dense(1), softcap=rule.softcap, starts=None if packing is None else packing.starts,
+            counts=None if packing is None else packing.counts, state=store.state, scratch=store.scratch,
+            page=store.pool.page, slot_bytes=store.slot_bytes,
+        )  # fmt: skip
+        view._store = store
+        return view
+
+    # ---- the store ---------------------------------------------------------------------------------------
+
+    def _store(self, k: Tensor, pool: Pool) -> LayerStore:
+        if self.store is None:
+            self.store = LayerStore(pool, k.shape[0], k.shape[1], self.method.sides)
+        return self.store
+
+    @staticmethod
+    def _append(store: LayerStore, k: Tensor, v: Tensor, what: Forward) -> None:
+        packing = what.packing
+        if packing is None:
+            store.append(k, v)
+        else:
+            store.append(k, v, packing.starts, packing.counts, what.counts)
+
+    def crop(self, seen: Ints) -> None:
+        """Back to ``seen[b]`` tokens of each sequence; what was evicted does not come back."""
+        if self.store is not None:
+            self.store.crop(seen)
+
+    def reset(self) -> None:
+        """Nothing is held, and the method remembers nothing."""
+        if self.store is not None:
+            self.store.release()
+        self.store, self._owes = None, False
+
+
+def _attend_behind(
+    q: Tensor, keys: Tensor, values: Tensor, held: Ints, rule: Rule, lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of T rows to the last T of ``keys`` and, before these, the first ``held[b, h]``."""
+    rows, size = q.shape[2], keys.shape[2] - q.shape[2]
+    heads, group = keys.shape[1], q.shape[1] // keys.shape[1]
+    options: dict[str, Any] = {
+        "is_causal": True, "scale": rule.scale, "enable_gqa": True, "softcap": rule.softcap, "return_lse": lse
+    }  # fmt: skip
+    if (held == size).all():
+        result = attention.attend(q, keys, values, sinks=rule.sinks, **options)
+        return result.output, result.lse
+    slot = torch.arange(size + rows, device=q.device)
+    seen = (slot < torch.from_numpy(held).to(q.device)[..., None]) | (slot >= size)  # [B, Hkv, S]
+    if (held == held[:, :1]).all():
+        result = attention.attend(q, keys, values, sinks=rule.sinks, key_mask=seen[:, 0], **options)
+        return result.output, result.lse
+    parts = []
+    for head in range(heads):
+        own = slice(head * group, (head + 1) * group)
+        sinks = None if rule.sinks is None else rule.sinks[own]
+        kv = slice(head, head + 1)
+        parts.append(
+            attention.attend(
+                q[:, own], keys[:, kv], values[:, kv], sinks=sinks, key_mask=seen[:, head], **options
+            )
+        )
+    output = torch.cat([part.output for part in parts], 1)
+    return output, torch.cat([part.lse for part in parts if part.lse is not None], 1) if lse else None
+
+
+def _to_end(store: LayerStore, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ``[B, Hkv, size, D]`` that are shorter than size moved to the right."""
+    if (store.host_lengths == store.size).all():
+        return k, v
+    slot = torch.arange(store.size, device=k.device) - (store.size - store.lengths[..., None])
+    index = slot.clamp(min=0).long()[..., None]
+    moved = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (k, v))
+    return tuple(moved)  # type: ignore[return-value]
