@@ -16,6 +16,9 @@ METHODS = {
     "all": KeepAll(),
     "h2o": methods.H2O(12, every=3, recent=4),
     "snapkv": methods.SnapKV(12, window=4, every=3),
+    "tova": methods.TOVA(12, every=3),
+    "prefixkv": methods.PrefixKV(0.4, recent=2),
+    "critic": methods.CRITIC(12, every=3),
     "streaming": methods.StreamingLLM(12, every=3),
 }
 

@@ -5,13 +5,14 @@ modules a view of their configuration that names our attention function. Configu
 share, are not written to.
 """
 
+import functools
 import inspect
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from tokencomp.adapters import compat
 from tokencomp.adapters.attention import hf_attention, hf_mask, register_functions, switched_config
@@ -96,7 +97,7 @@ def attach(
     stack = Stack(decoder, None)
     stack.plan = Plan(
         method, weakref.ref(decoder), chunks, page, limit, attention == "paged",
-        _frequencies(decoder) if method.rerotates else {}, lambda: not stack.closed,
+        _frequencies(decoder) if method.rerotates else {}, lambda: not stack.closed, _across(decoder),
     )  # fmt: skip
     stack.new_cache()  # says now whether there is anything to compress
     try:
@@ -180,6 +181,30 @@ def _check_options(method: Any, page: Any, limit: Any, chunks: str, attention: s
         )
     if attention == "model" and method.rerotates:
         raise ValueError(f"compress: {name} rotates keys, which needs attention='paged'")
+
+
+def _across(decoder: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The mean over the processes among which the heads of ``decoder`` are divided: its attention's weights
+    are then ``DTensor`` with shards. None where nobody else has heads.
+    """
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    for module in filter(_is_attention, decoder.modules()):
+        for weight in module.parameters():
+            if isinstance(weight, DTensor):
+                mesh = weight.device_mesh
+                groups = [mesh.get_group(i) for i, how in enumerate(weight.placements) if how.is_shard()]
+                if groups:
+                    return functools.partial(_mean_of, groups[0])
+    return None
+
+
+def _mean_of(group: Any, x: Tensor) -> Tensor:
+    total = x.clone()
+    distributed.all_reduce(total, group=group)
+    return total / distributed.get_world_size(group)
 
 
 def _frequencies(decoder: nn.Module) -> dict[int, Tensor]:

@@ -1,6 +1,7 @@
 """One layer of a compressed cache: stores what a forward brings, attends to it, and lets its method evict."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -71,6 +72,7 @@ class Layer:
         self.store: LayerStore | None = None
         self.events = Events()
         self.inv_freq: Tensor | None = None  # where the method rotates kept keys
+        self.across: Callable[[Tensor], Tensor] | None = None  # see ``KVView``
         self._owes = False  # a prompt was stored whole, and the eviction is still to come
 
     # ---- a forward ---------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ class Layer:
             seen=what.rows, step=what.number, q=q, scale=rule.scale, keys=lambda: dense(0),
             values=lambda: dense(1), softcap=rule.softcap, starts=None if packing is None else packing.starts,
             counts=None if packing is None else packing.counts, state=store.state, scratch=store.scratch,
-            page=store.pool.page, slot_bytes=store.slot_bytes,
+            page=store.pool.page, slot_bytes=store.slot_bytes, across=self.across,
         )  # fmt: skip
         view._store = store
         return view

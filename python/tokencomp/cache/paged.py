@@ -29,6 +29,7 @@ class Plan:
     store_only: bool = True  # attention is ours and reads the pages; False: it is handed all keys and values
     inv_freq: dict[int, Tensor] = field(default_factory=dict)  # of each layer, where the method rotates
     active: Callable[[], bool] = lambda: True  # whether the model is compressed still
+    across: Callable[[Tensor], Tensor] | None = None  # see ``KVView``
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
         return self
@@ -180,15 +181,13 @@ class PagedKVCache(Cache):
         self.state = State(plan)
         places = [i for i, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not places:
-            raise ValueError(
-                "compress: this model has no full-attention layer whose cache could be compressed"
-            )
+            raise ValueError("compress: this model has no full-attention layer whose cache could be paged")
         self.paged: list[PagedLayer] = []
-        for index, place in enumerate(places):
-            layer = Layer(index, len(places), plan.method, plan.chunks)
-            layer.inv_freq = plan.inv_freq.get(place)
-            paged = self.layers[place] = PagedLayer(self.state, layer, place)
-            self.paged.append(paged)
+        for i, place in enumerate(places):
+            layer = Layer(i, len(places), plan.method, plan.chunks)
+            layer.inv_freq, layer.across = plan.inv_freq.get(place), plan.across
+            self.paged.append(PagedLayer(self.state, layer, place))
+            self.layers[place] = self.paged[-1]
 
     @classmethod
     def adopt(cls, cache: Any, plan: Plan, config: Any) -> "PagedKVCache":

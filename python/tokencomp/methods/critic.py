@@ -63,9 +63,10 @@ class CRITIC(Accumulating):
 
     def score(self, view: KVView) -> Tensor:
         """``[B, 1, S]``: ``recipes.critic_score``."""
-        received, entropy = (view.state[name][:, :, : view.size].mean(1) for name in ("score", "entropy"))
+        parts = [view.state[name][:, :, : view.size] for name in ("score", "entropy")]
+        received, entropy, gradient = (view.over_heads(x)[:, 0] for x in (*parts, _gradient(view)))
         score = recipes.critic_score(
-            received, entropy, _gradient(view), weights=self.weights, lengths=view.lengths[:, 0]
+            received, entropy, gradient, weights=self.weights, lengths=view.lengths[:, 0]
         )
         return score[:, None]
 
@@ -93,7 +94,7 @@ def _store_entropy_(view: KVView, entropy: Tensor, slot: Tensor) -> None:
 
 
 def _gradient(view: KVView) -> Tensor:
-    """``[B, size]``: L1 norms by key and value of the output's change, summed over all query heads."""
+    """``[B, Hkv, size]``: L1 norms by key and value of the output's change, summed over query heads."""
     q = kv_attention.grouped(view, kv_attention.recent_queries(view, 2))
     k, lengths = kv_attention.row_keys(view), kv_attention.row_lengths(view)
     v = view.values()[:, :, : view.size].flatten(0, 1)[:, None]
@@ -104,4 +105,4 @@ def _gradient(view: KVView) -> Tensor:
     previous = before @ v[:, 0].float()
     logits, lse = ops.qk_scores(newer, k, lengths=lengths, **sides)
     by_key, by_value = recipes.output_gradients(newer, v, logits, lse, previous, scale=view.scale)
-    return kv_attention.by_head(view, by_key + by_value).sum((1, 2))
+    return kv_attention.by_head(view, by_key + by_value).sum(2)

@@ -52,11 +52,21 @@ class KVView:
     more: bool = False  # this was a chunk of a prompt that goes on: record, keep everything
     page: int = 1  # slots of a page
     slot_bytes: int = 0  # key and value of one slot of one kv head
+    across: Callable[[Tensor], Tensor] | None = None  # mean over the processes that share the layer's heads
 
     @property
     def rows(self) -> int:
         """Kv heads of all sequences, ``B * Hkv``."""
         return self.lengths.numel()
+
+    def over_heads(self, x: Tensor) -> Tensor:
+        """``[B, 1, ...]``: the mean of ``x`` ``[B, H, ...]`` over all heads of the layer.
+
+        Where processes share the heads (tensor parallelism), also over theirs, and the same in each: what
+        chooses one set a layer must go through here.
+        """
+        mean = x.mean(1, keepdim=True)
+        return mean if self.across is None else self.across(mean)
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ class KVCrush(eviction.Wrapper):
         super().__post_init__()
 
     def score(self, view: KVView) -> Tensor:
-        """The method's; the sum over heads where ``shared``."""
+        """The method's; the mean over heads where ``shared``."""
         score = self.method.score(view)
-        return score.sum(1, keepdim=True) if self.shared else score
+        return view.over_heads(score) if self.shared else score
 
     def protected(self, slots: int) -> tuple[int, int]:
         """Sinks and recent slots before rounding."""

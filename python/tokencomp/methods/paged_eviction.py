@@ -33,7 +33,7 @@ class PagedEviction(eviction.Eviction):
         """``|v| / |k|``."""
         k, v = (t[:, :, : view.size].float().norm(dim=-1) for t in (view.keys(), view.values()))
         score: Tensor = v / k.clamp(min=1e-6)
-        return score.mean(1, keepdim=True) if self.shared else score
+        return view.over_heads(score) if self.shared else score
 
     def evict(self, view: KVView) -> Keep | None:
         """Tokens, at the end of a prompt."""

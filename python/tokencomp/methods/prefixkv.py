@@ -71,7 +71,7 @@ class PrefixKV(Accumulating):
 
     def score(self, view: KVView) -> Tensor:
         """``[B, 1, S]``: the mean over heads."""
-        return view.state["score"].mean(1, keepdim=True)
+        return view.over_heads(view.state["score"][:, :, : view.size])
 
     def evict(self, view: KVView) -> Keep | None:
         """As ever at the end of a prompt; remembers where decode will cut."""

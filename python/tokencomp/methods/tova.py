@@ -47,7 +47,8 @@ class TOVA(eviction.Eviction):
         lengths = view.lengths[:, 0]  # one set a layer: the same in all heads
         if view.logits is not None and view.lse is not None:
             votes = ops.head_vote(view.logits[:, :, -1].contiguous(), view.lse[:, :, -1].contiguous())
-            return votes / view.logits.shape[1]
+            return view.over_heads(votes / view.logits.shape[1])
         q = kv_attention.recent_queries(view, 1)[:, :, 0]
         keys = view.keys()[:, :, : view.size]
-        return recipes.tova_score(q, keys, scale=view.scale, softcap=view.softcap, lengths=lengths)
+        score = recipes.tova_score(q, keys, scale=view.scale, softcap=view.softcap, lengths=lengths)
+        return view.over_heads(score)
