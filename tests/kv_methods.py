@@ -20,6 +20,7 @@ from tokencomp.methods import (
     KVCompress,
     KVCrush,
     KVView,
+    LagKV,
     LazyEviction,
     PagedEviction,
     PrefixKV,
@@ -71,6 +72,7 @@ KV_METHODS: dict[str, Any] = {
     "stride": StrideKV(0.25, every=4),
     "knorm": KNorm(0.25, every=4, sinks=2),
     "keydiff": KeyDiff(0.25, every=4),
+    "lagkv": LagKV(0.25, every=4, lag=8),
 }
 
 DRAWN = {"random", "cam", "cam-mean"}  # what they do depends on the row of the batch

@@ -27,6 +27,7 @@ IN_EVERY_FAMILY = {
     "snapkv": SNAP,
     "adakv": methods.AdaKV(SNAP),
     "keydiff": methods.KeyDiff(12, every=3),
+    "lagkv": methods.LagKV(12, every=3, lag=4),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from kv_methods import random_qkv
 from recipe_attention import dense_attention
 from tokencomp import recipes, reference
-from tokencomp.methods import H2O, TOVA, KeyDiff, KNorm, RandomKV, SnapKV, StreamingLLM, StrideKV
+from tokencomp.methods import H2O, TOVA, KeyDiff, KNorm, LagKV, RandomKV, SnapKV, StreamingLLM, StrideKV
 from tokencomp.reference.kv_policy import run_policy
 from torch import Tensor
 from torch.nn import functional
@@ -93,3 +93,47 @@ def test_the_conventions_of_kvpress(ratio: float) -> None:
         if n < 64 + 1 and isinstance(method, SnapKV):
             continue
         assert run_policy(method, q, k, v, chunks=[200]).held[0] == press(score, n), method
+
+
+# --- LagKV -------------------------------------------------------------------------------------------------
+
+
+def lag_by_loops(k: Tensor, v: Tensor, lag: int, sinks: int) -> list[float]:
+    """The scores ``across`` of one row ``[N, D]``, token by token."""
+    n = k.shape[0]
+    lags = (n - sinks) // lag
+    if lags < 2:
+        return [1.0 if i < sinks else i / n for i in range(n)]
+    score = [1.0] * n
+    for part in range(lags - 1):
+        own = range(sinks + part * lag, sinks + (part + 1) * lag)
+        both = []
+        for x in (k, v):
+            following = x[own.stop : own.stop + lag]
+            low, span = following.min(0).values, following.max(0).values - following.min(0).values
+            both.append(torch.stack([((x[i] - low) / span).std() for i in own]).softmax(0))
+        for place, i in enumerate(own):
+            score[i] = float(both[0][place] + both[1][place]) / 2
+    return score
+
+
+@pytest.mark.parametrize("tokens", [40, 30, 19, 9, 3])
+def test_lagkv_against_loops(tokens: int) -> None:
+    """Rows of their own lengths beside each other; 3 and 9 tokens have fewer than two lags."""
+    _, k, v = random_qkv(1, 2, 2, 40)
+    valid = torch.arange(40)[None] < tokens
+    q = torch.zeros(1, 2, 40, k.shape[3])
+    score = torch.tensor([lag_by_loops(k[0, h, :tokens], v[0, h, :tokens], 8, 3) for h in range(2)])
+    kept = 3 if tokens == 3 else 7
+    held = run_policy(LagKV(7, lag=8, sinks=3, across=True), q, k, v, chunks=[40], valid=valid).held[0][0]
+    want = torch.argsort(-score, dim=1, stable=True)[:, :kept].sort(-1).values
+    assert held == want.tolist()
+
+
+def test_lagkv_by_rank_keeps_the_same_number_of_each_lag() -> None:
+    _, k, v = random_qkv(1, 1, 1, 2 + 5 * 16)
+    method = LagKV(2 + 16 + 4 * 4, lag=16, sinks=2)
+    held = run_policy(method, torch.zeros_like(k), k, v, chunks=[82]).held[0][0][0]
+    assert [sum(2 + 16 * i <= slot < 18 + 16 * i for slot in held) for i in range(5)] == [4, 4, 4, 4, 16]
+    constant = torch.ones(1, 1, 82, 4)
+    assert len(run_policy(method, constant, constant, constant, chunks=[82]).held[0][0][0]) == 34

@@ -86,6 +86,7 @@ PRESSES = (
     Press("kvpress-streaming", kvpress.StreamingLLMPress),
     Press("kvpress-knorm", kvpress.KnormPress),
     Press("kvpress-keydiff", kvpress.KeyDiffPress),
+    Press("kvpress-lagkv", kvpress.LagKVPress),
     Press("kvpress-tova", kvpress.TOVAPress),
     Press("kvpress-snapkv", _snapkv),
     Press(

@@ -25,6 +25,10 @@ def pairs(ratio: float) -> dict[str, tuple[Any, Any]]:
     return {
         "KNorm": (kvpress.KnormPress(ratio), methods.KNorm(kept)),
         "KeyDiff": (kvpress.KeyDiffPress(ratio), methods.KeyDiff(kept)),
+        "LagKV": (
+            kvpress.LagKVPress(ratio, lag_size=32, cross_scoring=True),
+            methods.LagKV(kept, lag=32, across=True),
+        ),
         "StreamingLLM": (kvpress.StreamingLLMPress(ratio, n_sink=4), methods.StreamingLLM(kept, sinks=4)),
         "TOVA": (kvpress.TOVAPress(ratio), methods.TOVA(kept, recent=1)),
         "SnapKV, window 64": (

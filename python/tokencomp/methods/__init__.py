@@ -22,6 +22,7 @@ from tokencomp.methods.knorm import KNorm
 from tokencomp.methods.kv import Keep, KVMethod, KVView, MergeSpec, Side
 from tokencomp.methods.kv_compress import KVCompress
 from tokencomp.methods.kvcrush import KVCrush
+from tokencomp.methods.lagkv import LagKV
 from tokencomp.methods.layers import LayerMethod, LayerView, Reduced
 from tokencomp.methods.lazy_eviction import LazyEviction
 from tokencomp.methods.lexrank import LexRank
@@ -73,6 +74,7 @@ __all__ = [
     "Keep",
     "KeyDiff",
     "Knob",
+    "LagKV",
     "LayerMethod",
     "LayerView",
     "LazyEviction",
