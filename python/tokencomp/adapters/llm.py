@@ -32,7 +32,7 @@ class Stack:
     def __init__(self, decoder: nn.Module, plan: Any) -> None:
         self.decoder, self.plan = decoder, plan
         self.patches = Patches()
-        self.views: list[Any] = []  # of configurations
+        self.chosen: list[tuple[Any, str]] = []  # configurations and views of them, their implementation
         self.closed = False
         self.last: Any = None  # the cache of the last forward
 
@@ -70,11 +70,12 @@ class Stack:
             _thread.cache = outer
 
     def _check_attention(self) -> None:
-        for view in self.views:
-            if view._attn_implementation != IMPLEMENTATION:
+        for config, chosen in self.chosen:
+            if config._attn_implementation != chosen:
                 raise RuntimeError(
-                    f"compress: the attention implementation was changed to {view._attn_implementation!r} "
-                    "while the model is compressed; leave the context first, or use attention='model'"
+                    f"compress: the attention implementation was changed to {config._attn_implementation!r} "
+                    "while the model is compressed; leave the context first, or compress(..., "
+                    "attention='model')"
                 )
 
 
@@ -219,17 +220,20 @@ def _frequencies(decoder: nn.Module) -> dict[int, Tensor]:
 
 def _switch_attention(stack: Stack) -> None:
     views: dict[int, Any] = {}
+    configs: dict[int, Any] = {}  # set_attn_implementation writes to these in some versions
     for module in stack.decoder.modules():
         members: dict[str, Any] = {}
         config = vars(module).get("config")
         if getattr(config, "_attn_implementation", None) is not None:
             view = views.setdefault(id(config), switched_config(config, IMPLEMENTATION))
+            configs[id(config)] = config
             members["config"] = property(_always(view))
         if module is stack.decoder:
             members["forward"] = _forward(type(module).forward, stack)
         if members:
             stack.patches.add(module, **members)
-    stack.views = list(views.values())
+    stack.chosen = [(view, IMPLEMENTATION) for view in views.values()]
+    stack.chosen += [(config, config._attn_implementation) for config in configs.values()]
 
 
 def _forward(forward: Callable[..., Any], stack: Stack) -> Callable[..., Any]:
