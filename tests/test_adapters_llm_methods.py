@@ -120,6 +120,29 @@ def test_methods_in_every_family(family: str, name: str) -> None:
     assert rows == [layer[0] for layer in kept]
 
 
+NORMALIZED = ("qwen3", "gemma3")  # all norms of keys are 4 but for rounding: nothing for KNorm to tell apart
+PAIRS = [(f, n) for f in decoders.FAMILIES for n in KV_METHODS if n != "knorm" or f not in NORMALIZED]
+
+
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_padding_changes_nothing(family: str, name: str) -> None:
+    """A prompt, single tokens and three at a time; distinct tokens, whose scores do not tie."""
+    model = decoder(family)
+    ids = torch.randperm(127, generator=torch.Generator().manual_seed(5))[None, :47] + 1
+    chunks = [40, 1, 3, 1, 1, 1]
+    pads = torch.zeros(1, 9, dtype=torch.long)
+    found = []
+    with tokencomp.compress(model, KV_METHODS[name], page=16) as handle:
+        for before in (pads[:, :0], pads):
+            mask = torch.cat([before, torch.ones_like(ids)], 1)
+            sizes = [before.shape[1] + chunks[0], *chunks[1:]]
+            logits = steps(model, torch.cat([before, ids], 1), mask, sizes)[:, before.shape[1] :]
+            cache = handle.cache
+            found.append((logits, [held(cache, layer) for layer in range(len(cache.paged))]))
+    assert found[0][1] == found[1][1]
+    torch.testing.assert_close(found[0][0], found[1][0], atol=5e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "adakv", "streaming"])
 def test_beams_and_sixteen_bits(name: str) -> None:
     model = decoder().bfloat16()
