@@ -6,8 +6,9 @@ One layer of an 8B language model (Hq=32, Hkv=8, D=128), one new token. ``sdpa``
 ``scaled_dot_product_attention`` on keys and values repeated for the heads of a group, ``sdpa gqa`` the
 same with ``enable_gqa``, ``sdpa folded`` with the heads of a group as query rows. Peers read dense tensors,
 we read pages in disorder. ``tokencomp list`` looks at 2048 slots of all, its peers attend to all. ``read`` is
-a maximum over the words of the pool: the floor. Contenders take turns and the best time counts, because
-machines are shared.
+a maximum over the words of the pool: the floor. By page type: bytes are those of the store; peers
+dequantize all of an int4 cache before they attend, as Hugging Face's QuantizedCache does. Contenders take
+turns and the best time counts, because machines are shared.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import decode_types
 import torch
 from common import Ceilings, Row, document, interleaved_seconds, measure_ceilings, table
 from tokencomp import ops
@@ -135,6 +137,8 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
         found = measure(p, device)
         rows += found
         print(f"{p.name}: " + ", ".join(f"{r.name} {r.seconds * 1e6:.0f} us" for r in found), file=sys.stderr)
+    if device == "cpu":
+        rows += decode_types.measure(device, quick=quick)
     return rows
 
 

@@ -3,9 +3,13 @@
     python bench/bench_prefill.py [--device cpu|cuda] [--out file.json] [--check] [--quick]
 
 Shapes are one layer of an 8B language model scaled to 8 query heads, causal. Sparse contenders list, beside
-the diagonal, a random share of the visible 64 x 64 blocks of each head; their peer is torch's dense
-attention, the time a user would otherwise pay. GFLOP/s are of the pairs a contender computes: those seen by a
-row, or of the listed blocks. Contenders take turns and the best of each counts.
+the diagonal, a random share of the visible 64 x 64 blocks of each head (on CUDA, where another kernel takes
+them, of 128 x 64 blocks too); their peer is torch's dense attention, the time a user would otherwise pay.
+GFLOP/s are of the pairs a contender computes: those seen by a row, or of the listed blocks. Contenders take
+turns and the best of each counts.
+
+Pages: the last rows of a prompt over a cache in pages of 64, its history in working pages or in int4, against
+the same keys and values laid out densely.
 """
 
 import argparse
@@ -14,17 +18,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Ceilings, Row, document, interleaved_seconds, measure_ceilings, table
 from tokencomp import block_lists, ops, reference
+from tokencomp.ops.kvquant_pages import PageFormat, page_entry
+from tokencomp.ops.page_pools import PagePools
 from torch import Tensor
 from torch.nn import functional
 
 HQ, HKV, D = 8, 2, 128
-BLOCK = 64
+BLOCK, PAGE = 64, 64
 DENSITIES = (0.25, 0.1)
 
 
@@ -56,12 +63,12 @@ class Problem:
         k, v = (torch.randn(1, HKV, self.keys, D, generator=g) for _ in range(2))
         return q.to(device, self.dtype), k.to(device, self.dtype), v.to(device, self.dtype)
 
-    def blocks(self, density: float, device: str) -> Tensor:
+    def blocks(self, density: float, block_q: int, device: str) -> Tensor:
         """``[1, HQ, M, N]`` bool: about ``density`` of the visible blocks, the diagonal among them."""
         g = torch.Generator().manual_seed(1)
         here = torch.device("cpu")
-        causal = block_lists.causal_blocks(self.rows, self.keys, BLOCK, BLOCK, here)
-        diagonal = block_lists.diagonal_blocks(self.rows, self.keys, BLOCK, BLOCK, here)
+        causal = block_lists.causal_blocks(self.rows, self.keys, block_q, BLOCK, here)
+        diagonal = block_lists.diagonal_blocks(self.rows, self.keys, block_q, BLOCK, here)
         others = causal & ~diagonal
         share = (density * causal.sum() - diagonal.sum()) / others.sum()
         chosen = torch.rand(1, HQ, *causal.shape, generator=g) < share
@@ -70,7 +77,7 @@ class Problem:
 
 def problems(quick: bool) -> list[Problem]:
     if quick:
-        return [Problem(1024, 1024, torch.bfloat16)]
+        return [Problem(1024, 1024, torch.bfloat16), Problem(512, 2048, torch.bfloat16)]
     square = [Problem(n, n, torch.bfloat16) for n in (2048, 4096, 8192)]
     return [*square, Problem(512, 8192, torch.bfloat16), Problem(2048, 2048, torch.float32)]
 
@@ -83,8 +90,8 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
 
 
-def _sparse(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, indices: Tensor, _: int) -> Tensor:
-    return ops.flash_prefill(q, k, v, indptr=indptr, indices=indices)[0]
+def _sparse(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, indices: Tensor, block_q: int, _: int) -> Tensor:
+    return ops.flash_prefill(q, k, v, indptr=indptr, indices=indices, block_q=block_q)[0]
 
 
 def measure(p: Problem, device: str) -> list[Row]:
@@ -94,16 +101,49 @@ def measure(p: Problem, device: str) -> list[Row]:
         "torch": lambda _: torch_attention(q, k, v),
     }
     flops = dict.fromkeys(calls, 4.0 * HQ * D * p.pairs)
-    for density in DENSITIES:
-        chosen = p.blocks(density, device)
-        name = f"tokencomp {100 * density:.0f} % of blocks"
+    for density, block_q in product(DENSITIES, (64,) if device == "cpu" else (64, 128)):
+        chosen = p.blocks(density, block_q, device)
+        name = f"tokencomp {100 * density:.0f} % of blocks" + " of 128 rows" * (block_q == 128)
         indptr, indices = block_lists.block_mask_to_csr(chosen)
-        calls[name] = partial(_sparse, q, k, v, indptr, indices)
-        flops[name] = 4.0 * D * BLOCK * BLOCK * float(chosen.sum())
+        calls[name] = partial(_sparse, q, k, v, indptr, indices, block_q)
+        flops[name] = 4.0 * D * block_q * BLOCK * float(chosen.sum())
     best = interleaved_seconds(calls, device, repeats=20, budget=12)
     return [
         Row("prefill", p.name, name, seconds, flops[name], p.bytes, baseline=name == "torch")
         for name, seconds in best.items()
+    ]
+
+
+def in_pages(k: Tensor, v: Tensor, history: int) -> dict[str, Any]:
+    """Arguments of ``flash_prefill``: the first ``history`` keys in int4 pages, the rest in working ones."""
+    layout = "mma16" if k.is_cuda else "linear"
+    page = PageFormat("int4", "int4", PAGE, D, layout=layout)  # type: ignore[arg-type]
+    places, old, device = k.shape[2] // PAGE, history // PAGE, k.device
+    table = torch.arange(HKV * places, device=device).view(1, HKV, places)
+    pages = {"k": k.reshape(-1, 1, PAGE, D), "v": v.reshape(-1, 1, PAGE, D), "block_table": table}
+    if not old:
+        return pages
+    number = torch.arange(HKV * old, device=device)
+    pool = torch.zeros(HKV * old, page.page_bytes, dtype=torch.uint8, device=device)
+    index = torch.arange(history, device=device).view(old, PAGE).repeat(HKV, 1)
+    ops.kv_page_write_(pool, k, v, number // old, index, number, page)
+    table[0, :, :old] = number.view(HKV, old) + page_entry(1, 0)
+    return pages | {"quantized": PagePools((pool,), (page,))}
+
+
+def measure_pages(p: Problem, device: str) -> list[Row]:
+    q, k, v = p.tensors(device)
+    working, mixed = in_pages(k, v, 0), in_pages(k, v, p.keys - p.rows)
+    calls: dict[str, Callable[[int], Any]] = {
+        "dense": lambda _: ops.flash_prefill(q, k, v),
+        "working pages": lambda _: ops.flash_prefill(q, **working),
+        "int4 history": lambda _: ops.flash_prefill(q, **mixed),
+    }
+    best = interleaved_seconds(calls, device, repeats=20, budget=12)
+    name, flops = p.name.replace("flash_prefill", "flash_prefill of pages"), 4.0 * HQ * D * p.pairs
+    return [
+        Row("prefill", name, who, seconds, flops, p.bytes, baseline=who == "dense")
+        for who, seconds in best.items()
     ]
 
 
@@ -126,7 +166,7 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
     for p in problems(quick):
         if checked:
             check(p, device)
-        measured = measure(p, device)
+        measured = measure(p, device) + (measure_pages(p, device) if p.rows < p.keys else [])
         rows += measured
         times = ", ".join(f"{r.name} {r.seconds * 1e3:.3f} ms" for r in measured)
         print(f"{p.name}: {times}", file=sys.stderr)

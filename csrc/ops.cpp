@@ -5,6 +5,7 @@
 #include "op/kcenter.h"
 #include "op/kvcache.h"
 #include "op/kvquant.h"
+#include "op/linear.h"
 #include "op/merge.h"
 #include "op/prefill.h"
 #include "op/score.h"
@@ -21,6 +22,7 @@ STABLE_TORCH_LIBRARY(TOKENCOMP_NAMESPACE, m) {
   m.def(tokencomp::merge::kMergeSchema);
   m.def(tokencomp::merge::kBipartiteSchema);
   m.def(tokencomp::prefill::kSchema);
+  m.def(tokencomp::linear::kSchema);
   for (const char* schema : tokencomp::score::kSchemas) m.def(schema);
   for (const char* schema : tokencomp::kvcache::kSchemas) m.def(schema);
   for (const char* schema : tokencomp::decode::kSchemas) m.def(schema);

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from cases import Inputs, keep_strides
 from tokencomp import _load, ops
 from tokencomp.ops import _namespace
+from tokencomp.ops.page_pools import PagePools
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +83,8 @@ def _moved(values: Any, device: str) -> Any:
         return tuple(_moved(value, device) for value in values)
     if isinstance(values, dict):
         return {key: _moved(value, device) for key, value in values.items()}
+    if isinstance(values, PagePools):
+        return replace(values, **{f.name: _moved(getattr(values, f.name), device) for f in fields(values)})
     return values
 
 

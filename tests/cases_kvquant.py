@@ -212,6 +212,41 @@ class PageCase:
 
 
 @dataclass(frozen=True)
+class RetierCase:
+    """The same pages, from slots of working pages: one head a page, or all (``engine``)."""
+
+    case: PageCase
+    engine: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.name}{'-engine' if self.engine else ''}"
+
+    def inputs(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """``pool, k_pages, v_pages, block_table, sequence, slots, pages`` and the maps."""
+        (pool, k, v, sequence, index, pages), maps = self.case.inputs()
+        (b, h, s, d), size, g = k.shape, self.case.P, generator(self.name)
+        places = -(-s // size)
+        owners = b if self.engine else b * h
+        table = torch.randperm(owners * places + 2, generator=g)[: owners * places].int()
+        table = table.view(b, -1, places).expand(b, h, places).contiguous()
+        rows = [
+            torch.zeros(owners * places + 2, h if self.engine else 1, size, d, dtype=k.dtype) for _ in "kv"
+        ]
+        for target, x in zip(rows, (k, v), strict=True):
+            padded = torch.nn.functional.pad(x, (0, 0, 0, places * size - s)).unflatten(2, (places, size))
+            for head in range(h):
+                target[table[:, head].long(), head if self.engine else 0] = padded[:, head]
+        if self.engine:  # as FlashInfer has them
+            rows = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in rows]
+        return (pool, *rows, table, sequence, index, pages), maps
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tensors, maps = self.inputs()
+        return tensors, {**self.case.format.options(), **maps}
+
+
+@dataclass(frozen=True)
 class PageCall:
     """A page operator's arguments, as it is called below the wrapper."""
 
@@ -252,6 +287,7 @@ def _page_cases() -> list[PageCase]:
 
 
 QUANT_CASES, PAGE_CASES = _quant_cases(), _page_cases()
+RETIER_CASES = [RetierCase(case, engine=i % 3 == 1) for i, case in enumerate(PAGE_CASES)]
 
 
 def opcheck_cases() -> dict[str, list[Any]]:
@@ -273,6 +309,7 @@ def opcheck_cases() -> dict[str, list[Any]]:
         "kv_dequantize": [DequantCase(case) for case in small[1::2]],
         "kv_repack": [PageCall("repack", (codes, 4, "linear", "mma16_k"), {})],
         "hadamard": [PageCall("plain", (x,), {}), PageCall("signs", (x, signs), {"inverse": True})],
+        "kv_retier_": RETIER_CASES[::11],
         "channel_stats": [PageCall("stats", (x,), {"lengths": torch.tensor([3, 7], dtype=torch.int32)})],
         **pages,
     }

@@ -153,6 +153,10 @@ def _lists() -> list[PrefillCase]:
         changed = [replace(one, lengths=(277, 100), starts=(20, 0)), replace(one, bias="masked", window=70)]
         changed += [replace(one, position="batch", softcap=2.0), replace(one, layout="sliced", T=277)]
         cases += [PrefillCase(c, lists="random", columns="kv", heads="kv") for c in changed]
+    for i, dim in enumerate((64, 96, 128, 192, 256)):
+        one = replace(base, B=1, Hq=2, Hkv=1, T=130, S=190, D=dim, dtype=DTYPES[i % 3])
+        cases += [PrefillCase(one, None, "random", "q", "q", 128 >> i % 2, 64 << i % 2)]
+        cases += [PrefillCase(replace(one, dtype=DTYPES[(i + 1) % 3]), lists="all")]
     sizes = [(1, 64), (64, 64), (65, 129), (128, 128), (1, 1)]
     cases += [PrefillCase(replace(base, T=t, S=s), lists="all", columns="q") for t, s in sizes]
     cases += [PrefillCase(replace(base, S=0), lists="empty"), PrefillCase(replace(base, T=0), lists="empty")]

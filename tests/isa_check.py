@@ -10,16 +10,22 @@ import torch
 from backends import make_backend
 from cases import KCENTER_CASES, KCENTER_EXACT
 from cases_decode import DECODE_CASES, STATES_CASES
+from cases_decode_types import LINEAR_CASES as LINEAR_TYPES_CASES
+from cases_decode_types import TYPES_CASES
 from cases_kvcache import KV_CASES
 from cases_kvquant import QUANT_CASES, DequantCase
+from cases_linear import LINEAR_CASES
 from cases_merge import ENERGY_CASES, MATCH_CASES, MATCH_EXACT
 from cases_merge_map import MERGE_CASES
 from cases_prefill import PREFILL_CASES
+from cases_prefill_pages import PAGED_CASES
 from cases_score import SCORE_CASES, ScoreCase
 from cases_topk import TOPK_CASES
 from decode_yardstick import assert_attention, assert_close
 from kvcache_yardstick import check_all
+from linear_yardstick import check_case as check_linear
 from merge_yardstick import assert_energies, assert_matches, assert_merged
+from prefill_yardstick import assert_attention as assert_prefill
 from prefill_yardstick import check_case
 from tokencomp import cpu_features, ops, reference
 from yardstick import assert_agrees, assert_scores
@@ -77,6 +83,17 @@ def kvquant_family() -> int:
     return len(cases)
 
 
+def paged_prefill() -> int:
+    cases = [case for case in PAGED_CASES if case.work <= WORK_LIMIT]
+    for case in cases:
+        arguments, options = case.call()
+        try:
+            assert_prefill(ops.flash_prefill(*arguments, **options), arguments, options)
+        except AssertionError as error:
+            raise AssertionError(f"{case.name}: {error}") from error
+    return len(cases)
+
+
 def main(level: str) -> None:
     active = cpu_features()["active"]
     assert active == level, f"asked for {level}, the library runs {active}"
@@ -117,16 +134,23 @@ def main(level: str) -> None:
             check_case(ops.flash_prefill, case)
         except AssertionError as error:
             raise AssertionError(f"{case.name}: {error}") from error
+    linears = [case for case in LINEAR_CASES if not case.slow and case.work <= WORK_LIMIT]
+    for case in linears:
+        check_linear(ops.decay_linear_attention, case)
     families = {
         "merge": merged, "score": len(attention), "kvcache": len(cached), "decode": decoded,
         "prefill": len(prefills),
+        "paged prefill": paged_prefill(),
+        "linear": len(linears),
     }  # fmt: skip
     counts = ", ".join(f"{number} of the {family} family" for family, number in families.items())
     print(f"{level}: {counts}, {exact_count} exact and {len(close)} close cases")
 
 
 def decode_family() -> int:
-    cases = [case for case in DECODE_CASES if not case.slow and case.work <= WORK_LIMIT]
+    cases = [
+        c for c in DECODE_CASES + TYPES_CASES + LINEAR_TYPES_CASES if not c.slow and c.work <= WORK_LIMIT
+    ]
     for case in cases:
         arguments, options = case.call()
         try:

@@ -8,6 +8,7 @@ import tokencomp
 import torch
 from tokencomp import block_lists, ops
 from tokencomp.ops.kvquant_pages import PageFormat
+from tokencomp.ops.page_pools import PagePools
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -23,6 +24,7 @@ def main(device: str = "cuda") -> None:
         quantize(device, dtype)
         cache(device, dtype)
         prefill(device, dtype)
+        linear(device, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
     print("tokencomp", tokencomp.__version__, "done")
@@ -91,6 +93,33 @@ def decode(device: str, dtype: torch.dtype) -> None:
             out, lse, _ = ops.paged_decode(q, k, v, table, lengths, **options)
             assert out.isfinite().all()
         ops.merge_states(torch.stack([out, out]), torch.stack([lse, lse]))
+    decode_types(device, dtype)
+
+
+def decode_types(device: str, dtype: torch.dtype) -> None:
+    """Working pages and two pools in one table; the last page of each row is partly filled."""
+    layout = "linear" if device == "cpu" else "mma16"
+    for dim, page in ((64, 16), (128, 32), (256, 64)):
+        formats = (PageFormat("int4", "int2", page, dim, layout=layout),
+                   PageFormat("fp8", "int8", page, dim, "token", "channel", layout=layout))  # fmt: skip
+        k, v = (torch.randn(1, 2, 4 * page, dim, device=device).to(dtype) for _ in range(2))
+        pools, everything = [], torch.arange(4 * page, device=device).view(4, page).repeat(2, 1)
+        for form in formats:
+            pools.append(torch.zeros(8, form.page_bytes, dtype=torch.uint8, device=device))
+            sequence, number = (
+                torch.arange(2, device=device).repeat_interleave(4),
+                torch.arange(8, device=device),
+            )
+            ops.kv_page_write_(pools[-1], k, v, sequence, everything, number, form)
+        table = torch.tensor(
+            [[[1 << 28, 2 << 28 | 1, -1, 2], [5, 1 << 28 | 5, 2 << 28 | 6, 7]]], device=device
+        )
+        working = [x.view(8, 1, page, dim) for x in (k, v)]
+        lengths = torch.tensor([[4 * page, 3 * page + 1]], device=device).int()
+        q = torch.randn(1, 8, 2, dim, device=device).to(dtype)
+        quantized = PagePools(tuple(pools), formats)
+        out, _, _ = ops.paged_decode(q, *working, table.int(), lengths, quantized=quantized)
+        assert out.isfinite().all()
 
 
 def quantize(device: str, dtype: torch.dtype) -> None:
@@ -118,6 +147,14 @@ def quantize(device: str, dtype: torch.dtype) -> None:
     index = torch.arange(32, device=device).repeat(2, 1)
     where = torch.arange(2, device=device)
     ops.kv_page_write_(pool, k, k, where, index, where + 1, page)
+    held = torch.randn(4, 1, 32, 128, device=device).to(dtype)
+    table = torch.arange(4, dtype=torch.int32, device=device).view(1, 2, 2)
+    demoted = torch.zeros_like(pool)
+    ops.kv_retier_(demoted, held, held, table, where, index + 5, where + 1, page)
+    assert (
+        float((ops.kv_page_read(demoted, where[1:], page)[0] - held[:2, 0].flatten(0, 1)[5:37]).abs().max())
+        < 1
+    )
     keys, _ = ops.kv_page_read(pool, where + 1, page)
     assert float((keys - k[0, :, :32].float()).abs().max()) < 1
 
@@ -159,6 +196,37 @@ def prefill(device: str, dtype: torch.dtype) -> None:
         for block in (64, 128):
             lists = block_lists.vertical_slash_index(columns, slashes, rows, keys, block_q=block)
             assert ops.flash_prefill(q, k, v, **lists.arguments())[1].isfinite().all()
+    for dim in (64, 128, 256):
+        prefill_pages(device, dtype, dim)
+
+
+def prefill_pages(device: str, dtype: torch.dtype, dim: int) -> None:
+    """Rows over four pages a head, of three types in turn."""
+    layout = "mma16" if device == "cuda" else "linear"
+    formats = tuple(
+        PageFormat(*tiers, 16, dim, layout=layout) for tiers in (("int4", "int2"), ("fp8", "int3"))
+    )
+    k = torch.randn(1, 2, 64, dim, device=device).to(dtype)
+    number, index = torch.arange(8, device=device), torch.arange(64, device=device).view(4, 16).repeat(2, 1)
+    pools = tuple(torch.zeros(8, page.page_bytes, dtype=torch.uint8, device=device) for page in formats)
+    for pool, page in zip(pools, formats, strict=True):
+        ops.kv_page_write_(pool, k, k, number // 4, index, number, page)
+    table = ((number % 3 << 28) + number).view(1, 2, 4)
+    pages = {"block_table": table, "quantized": PagePools(pools, formats)}
+    q, working = torch.randn(1, 4, 70, dim, device=device).to(dtype), k.view(8, 1, 16, dim)
+    for rows in (20, 70):
+        assert ops.flash_prefill(q[:, :, :rows], working, working, **pages)[0].isfinite().all()
+    assert ops.qk_scores(q[:, :, 0], working, **pages)[0].isfinite().all()
+
+
+def linear(device: str, dtype: torch.dtype) -> None:
+    for rows, dim in ((70, 64), (1, 80), (33, 128), (130, 256)):
+        q = torch.randn(2, 4, rows, dim, device=device).to(dtype)
+        k = torch.randn(2, 2, rows, dim, device=device).to(dtype)
+        slope = torch.arange(4, device=device) * 0.1
+        state = ops.decay_linear_attention(q, k, k, slope)[1]
+        out, _ = ops.decay_linear_attention(q, k, k[..., : dim // 2 + 3], slope)
+        assert bool(out.isfinite().all() and state.isfinite().all())
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_causal_rows_are_the_last_keys_and_torch_says_the_first() -> None:
     assert not torch.allclose(ours, theirs, atol=1e-2)
     square = (q, k[:, :, :3], v[:, :, :3])
     assert torch.equal(
-        tokencomp.scaled_dot_product_attention(*square, is_causal=True),
+        tokencomp.scaled_dot_product_attention(*square, is_causal=True, kernel="torch"),
         functional.scaled_dot_product_attention(*square, is_causal=True),
     )
 
@@ -265,7 +265,7 @@ def test_errors(options: dict[str, Any], message: str) -> None:
         tokencomp.scaled_dot_product_attention(q, k, v, **{"enable_gqa": True, **options})
 
 
-@pytest.mark.parametrize("rows", [6, 40])
+@pytest.mark.parametrize("rows", [1, 6, 20, 40])
 def test_compiles_without_breaks(rows: int) -> None:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attention.attend(
@@ -276,7 +276,7 @@ def test_compiles_without_breaks(rows: int) -> None:
     torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, backend="eager")(*inputs)
     plain = run(*inputs)
-    assert compiled.kernel == plain.kernel == ("tokencomp" if rows > 6 else "torch")
+    assert compiled.kernel == plain.kernel == ("torch" if rows == 20 else "tokencomp")
     for one, other in zip(compiled[:3], plain[:3], strict=True):
         assert torch.equal(one, other)
 
@@ -295,8 +295,9 @@ RULES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join(rule) or "all")
 @pytest.mark.parametrize("heads", ["none", "kv_sum"])
-def test_both_kernels_give_the_same(rule: dict[str, Any], heads: Any) -> None:
-    q, k, v = torch.randn(2, 4, 40, 16), torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 8)
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_both_kernels_give_the_same(rule: dict[str, Any], heads: Any, rows: int) -> None:
+    q, k, v = torch.randn(2, 4, rows, 16), torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 8)
     options = {"enable_gqa": True, "return_lse": True, "return_columns": True, "heads": heads, **rule}
     ours = attention.attend(q, k, v, kernel="tokencomp", **options)
     torchs = attention.attend(q, k, v, kernel="torch", **options)
@@ -306,6 +307,25 @@ def test_both_kernels_give_the_same(rule: dict[str, Any], heads: Any) -> None:
         ours, torchs = (r._replace(output=torch.where(seen, r.output, 0)) for r in (ours, torchs))
     for one, other in zip(ours[:3], torchs[:3], strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "keys", "batch"])
+def test_the_mask_of_one_row_is_one_of_keys(kind: str) -> None:
+    """As static caches mask their empty places."""
+    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 8)
+    seen = torch.arange(50) < torch.tensor([30, 17])[:, None]
+    mask = {
+        "bool": seen[:, None, None], "float": torch.where(seen, 0.5, -INF)[:, None, None],
+        "keys": seen[1][None], "batch": seen[1:, None, None],
+    }[kind]  # fmt: skip
+    options = {"enable_gqa": True, "return_lse": True}
+    ours = attention.attend(q, k, v, mask, **options)
+    torchs = attention.attend(q, k, v, mask, kernel="torch", **options)
+    assert (ours.kernel, torchs.kernel) == ("tokencomp", "torch")
+    torch.testing.assert_close(ours.output, torchs.output)
+    torch.testing.assert_close(ours.lse, torchs.lse)
+    by_head = torch.rand(2, 4, 1, 50) < 0.5
+    assert attention.attend(q, k, v, by_head, **options).kernel == "torch"
 
 
 def test_the_default_kernel_follows_its_rule() -> None:

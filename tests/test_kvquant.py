@@ -19,7 +19,7 @@ from cases_kvquant import (
 from hypothesis import given
 from hypothesis import strategies as st
 from tokencomp import reference
-from tokencomp.ops.kvquant_pages import TIER_BITS, TIERS, PageFormat, page_entry, page_number, page_tier
+from tokencomp.ops.kvquant_pages import TIER_BITS, PageFormat, page_entry, page_number, page_type
 from torch import Tensor
 from yardstick import assert_scores
 
@@ -230,12 +230,14 @@ def test_page_bytes() -> None:
 
 
 def test_table_entries() -> None:
-    for i, tier in enumerate(TIERS):
-        entry = torch.tensor([page_entry(tier, n) for n in (0, 1, 2**28 - 1)], dtype=torch.int32)
-        assert page_tier(entry).tolist() == [i] * 3
+    for kind in range(8):
+        entry = torch.tensor([page_entry(kind, n) for n in (0, 1, 2**28 - 1)], dtype=torch.int32)
+        assert page_type(entry).tolist() == [kind] * 3
         assert page_number(entry).tolist() == [0, 1, 2**28 - 1]
     with pytest.raises(ValueError, match=r"number must be in \[0, 2\^28\), got 268435456"):
-        page_entry("int4", 2**28)
+        page_entry(1, 2**28)
+    with pytest.raises(ValueError, match=r"kind must be in \[0, 7\], got 8"):
+        page_entry(8, 0)
 
 
 # --- transforms and statistics ------------------------------------------------------------------------------

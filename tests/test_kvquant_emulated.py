@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases_kvquant import DequantCase, PageCase, QuantCase, strided
+from cases_kvquant import DequantCase, PageCase, QuantCase, RetierCase, strided
 from emulator import SCHEDULES, settings
 from test_kvquant import same
 from tokencomp import reference
@@ -68,6 +68,17 @@ def test_pages(kernels: Any, case: PageCase) -> None:
     got = kernels.kv_page_read(pool, tensors[5], case.P, case.D, **read)
     want = torch.ops.tokencomp.kv_page_read(pool, tensors[5], case.P, case.D, **read)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case", [RetierCase(case, engine) for case in PAGES for engine in (False, True)], **by_name
+)
+def test_retier(kernels: Any, case: RetierCase) -> None:
+    (pool, *tensors), options = case.arguments()
+    want = pool.clone()
+    kernels.kv_retier_(pool, *tensors, **options)
+    torch.ops.tokencomp.kv_retier_(want, *tensors, **options)
+    assert torch.equal(pool, want)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])

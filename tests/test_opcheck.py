@@ -7,12 +7,16 @@ import torch
 from backends import Backend
 from cases import KCENTER_CASES, KCENTER_EXACT, Inputs
 from cases_decode import DECODE_CASES, STATES_CASES
+from cases_decode_types import TYPES_CASES, TypesCase
 from cases_kvcache import KV_CASES, KVCase
 from cases_kvquant import opcheck_cases
+from cases_linear import LINEAR_CASES
 from cases_merge import ENERGY_CASES, MATCH_CASES, MATCH_EXACT
 from cases_merge_map import MAP_CASES, MERGE_CASES, STEP_CASES, MergeCase, StepCase
 from cases_prefill import PREFILL_CASES, PrefillCase
 from cases_prefill import operator_arguments as prefill_arguments
+from cases_prefill_pages import PAGED_CASES, PagedCase
+from cases_prefill_pages import operator_arguments as paged_arguments
 from cases_score import SCORE_CASES, ScoreCase, operator_arguments
 from cases_score_pages import PAGES_CASES
 from cases_topk import TOPK_CASES, TOPK_OPS
@@ -32,11 +36,14 @@ CASES: dict[str, list[Any]] = {
     "energy_score": [c for c in ENERGY_CASES if c.work <= 900_000][::9],
     "bipartite_map": [c for c in MAP_CASES if c.N <= 61][::16],
     "merge_tokens": [c for c in MERGE_CASES if c.work <= 40_000][::9],
-    "paged_decode": [c for c in DECODE_CASES if c.work <= 200_000 and not c.bad][::5],
+    "paged_decode": [c for c in DECODE_CASES if c.work <= 200_000 and not c.bad][::5]
+    + [c for c in TYPES_CASES if c.work <= 600_000][::9],
     "merge_states": STATES_CASES[::4],
     **opcheck_cases(),
     "bipartite_merge": [c for c in STEP_CASES if c.work <= 700_000][::9],
-    "flash_prefill": [c for c in PREFILL_CASES if c.work <= 800_000 and not c.base.bad][::5],
+    "decay_linear_attention": [c for c in LINEAR_CASES if c.work <= 800_000],
+    "flash_prefill": [c for c in PREFILL_CASES if c.work <= 800_000 and not c.base.bad][::5]
+    + [c for c in PAGED_CASES if c.work <= 3_000_000][::9],
     **{name: SMALL_SCORES[i::7] for i, name in enumerate(SCORE_OPS)},
     "qk_scores": SMALL_SCORES[5::7] + PAGES_CASES[::4],
     **{name: [c for c in KV_CASES if c.work <= 60_000 and c.D > 1][i::9] for i, name in enumerate(KV_OPS)},
@@ -44,7 +51,7 @@ CASES: dict[str, list[Any]] = {
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-def arguments_of(name: str, case: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(name: str, case: Any, layout: str = "linear") -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What the operator below the wrapper is called with; each family's cases draw it in their own way."""
     if isinstance(case, ScoreCase):
         return operator_arguments(name, case)
@@ -52,6 +59,8 @@ def arguments_of(name: str, case: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
         return case.arguments(name)
     if isinstance(case, PrefillCase):
         return prefill_arguments(case)
+    if isinstance(case, PagedCase):
+        return paged_arguments(case, layout)
     if hasattr(case, "arguments"):
         positional, options = case.arguments()
         return tuple(positional), options
@@ -70,7 +79,10 @@ def test_every_operator_has_cases() -> None:
 )
 def test_opcheck(cpu_backend: Backend, name: str, case: Any) -> None:
     op = getattr(getattr(torch.ops, cpu_backend.namespace), name)
-    arguments, options = arguments_of(name, case)
+    layout = "linear" if cpu_backend.name == "cpu" else "mma16"
+    if isinstance(case, TypesCase):
+        case = case.on(cpu_backend.name)
+    arguments, options = arguments_of(name, case, layout)
     results = torch.library.opcheck(op, arguments, options, test_utils=CHECKS)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -97,11 +109,9 @@ def test_opcheck_with_gradient(cpu_backend: Backend, mode: str) -> None:
 def test_opcheck_cuda(name: str, case: Any) -> None:
     from backends import make_backend
 
-    device = make_backend("cuda").device
-    args, options = arguments_of(name, case)
-    moved = [a.to(device) if isinstance(a, torch.Tensor) else a for a in args]
-    options = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in options.items()}
-    torch.library.opcheck(getattr(torch.ops.tokencomp, name), tuple(moved), options)
+    case = case.on("cuda") if isinstance(case, TypesCase) else case
+    moved = make_backend("cuda").here(arguments_of(name, case))
+    torch.library.opcheck(getattr(torch.ops.tokencomp, name), *moved)
 
 
 def select(x: torch.Tensor, seed: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,3 +238,18 @@ def test_poison_fills_uninitialised_memory() -> None:
     """The fixture every other test relies on: memory nobody wrote is NaN or the largest integer."""
     assert torch.empty(64).isnan().all()
     assert (torch.empty(64, dtype=torch.int32) == torch.iinfo(torch.int32).max).all()
+
+
+def linear(q: torch.Tensor, k: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out, state = ops.decay_linear_attention(q * 2, k, k, slope)
+    return ops.decay_linear_attention(out, k, k, slope, state=state)
+
+
+def test_linear_attention_compiles_without_graph_breaks(backend: Backend) -> None:
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (7, 20):
+        q, k = (torch.randn(2, h, rows, 8).to(backend.device) for h in (4, 2))
+        slope = torch.rand(4).to(backend.device)
+        with backend.active():
+            want, got = linear(q, k, slope), compiled(q, k, slope)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

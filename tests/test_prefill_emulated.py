@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cases_prefill import PrefillCase, operator_arguments
+from cases_prefill_pages import FORMATS, PagedCase
+from cases_prefill_pages import operator_arguments as paged_arguments
 from cases_score import ScoreCase
 from emulator import SCHEDULES, settings
 from prefill_yardstick import assert_attention
@@ -27,6 +29,17 @@ SMALL = [
     PrefillCase(replace(BASE, Hq=1, T=66, S=66, D=250), dv=200),
     PrefillCase(replace(BASE, dtype="float32", position="shared"), lists="random", columns="q"),
     PrefillCase(replace(BASE, Hq=1, T=33, S=70, D=130, dtype="float32", causal=False), dv=17),
+]
+
+# Every way to read a page: rows and pieces of rows, each format, sixteen tokens at a time and single columns.
+MIXED = PagedCase(1, 2, 1, 70, 64, 16, 9, "bfloat16", tuple(FORMATS), maps=True)
+PAGED = [
+    MIXED,
+    replace(MIXED, lists=True, holes=True, P=32, places=5),
+    replace(MIXED, T=130, D=128, P=64, places=3, dtype="float16"),
+    replace(MIXED, Hq=1, T=20, D=256, dtype="float32", rows="left", only=True),
+    PagedCase(1, 2, 1, 70, 40, 16, 9, "bfloat16", holes=True, layout="slots", bias="head"),
+    PagedCase(1, 2, 1, 30, 33, 32, 4, "float32", lists=True, dv=24),
 ]
 
 
@@ -55,6 +68,24 @@ def test_every_schedule_gives_the_same_bits(
     library: Any, case: PrefillCase, schedule: dict[str, str]
 ) -> None:
     arguments, options = operator_arguments(case)
+    want = library.flash_prefill(*arguments, **options)
+    with settings(**schedule):
+        got = library.flash_prefill(*arguments, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("case", PAGED, ids=lambda case: case.name)
+@pytest.mark.parametrize("device", ["sm_90", "sm_80"])
+def test_pages(library: Any, case: PagedCase, device: str) -> None:
+    arguments, options = paged_arguments(case, "mma16")
+    with settings(TOKENCOMP_EMU_DEVICE=device):
+        got = library.flash_prefill(*arguments, **options)
+    assert_attention(got, *case.call("mma16"))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: "-".join(schedule.values()))
+def test_every_schedule_gives_pages_the_same_bits(library: Any, schedule: dict[str, str]) -> None:
+    arguments, options = paged_arguments(PAGED[1], "mma16")
     want = library.flash_prefill(*arguments, **options)
     with settings(**schedule):
         got = library.flash_prefill(*arguments, **options)

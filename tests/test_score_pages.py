@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backends import Backend, make_backend
+from cases_prefill_pages import PAGED_CASES, PagedCase
 from cases_score_pages import PAGES_CASES, PagesCase
 from test_score_emulated import library  # noqa: F401  a fixture
 from tokencomp import reference
@@ -32,7 +33,7 @@ def test_qk_scores_of_pages(backend: Backend, case: PagesCase) -> None:
     got = backend.run("qk_scores", q, pool, **options)
     exact, torch32 = exact_and_torch(case)
     assert_scores(got[0], exact[0], torch32[0], what="scores")
-    assert_scores(got[1], exact[1], torch32[1], what="lse")
+    assert_scores(got[1], exact[1], torch32[1], what="lse", signed=True)
 
 
 @pytest.mark.parametrize("case", PAGES_CASES[::3], **by_name)
@@ -106,6 +107,46 @@ def test_bit_identical_for_any_threads(threads: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+# --- quantized pages ---------------------------------------------------------------------------------------
+
+QUANTIZED = [case for case in PAGED_CASES if case.formats and not case.lists]
+
+
+def quantized_call(case: PagedCase, backend: Backend) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    (q, k, _), options = case.call("linear" if backend.name == "cpu" else "mma16")
+    names = ("block_table", "lengths", "key_bias", "softcap", "quantized")
+    return q[:, :, -1].contiguous(), k, {name: options[name] for name in names if name in options}
+
+
+@pytest.mark.parametrize("case", QUANTIZED, **by_name)
+def test_qk_scores_of_quantized_pages(backend: Backend, case: PagedCase) -> None:
+    q, pool, options = quantized_call(case, backend)
+    got = backend.run("qk_scores", q, pool, **options)
+    exact, torch32 = (
+        reference.qk_scores(q, pool, **options, dtype=d) for d in (torch.float64, torch.float32)
+    )
+    assert_scores(got[0], exact[0], torch32[0], what="scores")
+    assert_scores(got[1], exact[1], torch32[1], what="lse", signed=True)
+
+
+@pytest.mark.parametrize("case", QUANTIZED[::3], **by_name)
+def test_quantized_pages_give_the_bits_of_their_numbers(backend: Backend, case: PagedCase) -> None:
+    q, pool, options = quantized_call(case, backend)
+    got = backend.run("qk_scores", q, pool, **options)
+    keys, held = reference.gather_pages(pool, options.pop("block_table"), options.pop("quantized"))
+    bias = options.pop("key_bias", torch.zeros(held.shape))
+    want = backend.run("qk_scores", q, keys, key_bias=torch.where(held, bias, -INF), **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_minima_and_quantized_pages_exclude_each_other(cpu_backend: Backend) -> None:
+    q, pool, options = quantized_call(QUANTIZED[0], cpu_backend)
+    with pytest.raises(
+        RuntimeError, match="qk_scores: k_min must be None beside quantized pools, got a tensor"
+    ):
+        cpu_backend.run("qk_scores", q, pool, **options, k_min=pool.clone())
+
+
 def _table(*shape: int, entry: int = 0) -> dict[str, Any]:
     return {"block_table": torch.full(shape, entry, dtype=torch.int32)}
 
@@ -159,5 +200,22 @@ def test_under_the_checker(library: Any, case: PagesCase) -> None:  # noqa: F811
     (q, pool), options = case.arguments()
     got = library.qk_scores(q, pool, **options)
     exact, torch32 = exact_and_torch(case)
+    assert_scores(got[0], exact[0], torch32[0])
+    assert_scores(got[1], exact[1], torch32[1])
+
+
+RACED_QUANTIZED = [QUANTIZED[1], QUANTIZED[2], QUANTIZED[3], QUANTIZED[-6]]
+
+
+@pytest.mark.parametrize("case", RACED_QUANTIZED, **by_name)
+def test_quantized_pages_under_the_checker(library: Any, case: PagedCase) -> None:  # noqa: F811
+    (q, k, _), options = case.call("mma16")
+    names = ("block_table", "lengths", "quantized")
+    exact, torch32 = (
+        reference.qk_scores(q[:, :, -1], k, **{name: options[name] for name in names}, dtype=d)
+        for d in (torch.float64, torch.float32)
+    )
+    options = options["quantized"].arguments() | {name: options[name] for name in names[:2]}
+    got = library.qk_scores(q[:, :, -1].contiguous(), k, scale=case.D**-0.5, **options)
     assert_scores(got[0], exact[0], torch32[0])
     assert_scores(got[1], exact[1], torch32[1])

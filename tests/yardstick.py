@@ -63,10 +63,13 @@ def _report(what: str, wrong: Tensor, got: Tensor, exact: Replay, tolerance: Ten
     )
 
 
-def assert_scores(got: Tensor, exact: Tensor, torch32: Tensor, *, what: str = "scores") -> None:
+def assert_scores(
+    got: Tensor, exact: Tensor, torch32: Tensor, *, what: str = "scores", signed: bool = False
+) -> None:
     """Hold numbers to float64 by the yardstick: each may miss by twice torch's largest error at its size.
 
-    Errors are relative to the number's size (at least 1e-30), or, where numbers have signs, to the largest.
+    Errors are relative to the number's size (at least 1e-30), or, where numbers have signs, to the largest;
+    ``signed`` says that they could have, as logarithms do: one near 0 is not more exact than the others.
     """
     assert got.dtype == torch.float32
     assert got.shape == exact.shape, f"{what}: shape {list(got.shape)}, expected {list(exact.shape)}"
@@ -75,7 +78,8 @@ def assert_scores(got: Tensor, exact: Tensor, torch32: Tensor, *, what: str = "s
     if not finite.any():
         return
     ours, want, theirs = got.double()[finite], exact[finite], torch32.double()[finite]
-    size = want.clamp(min=1e-30) if bool((want >= 0).all()) else want.abs().max().expand_as(want)
+    signed = signed or bool((want < 0).any())
+    size = (want.abs().max().expand_as(want) if signed else want).clamp(min=1e-30)
     allowed = 2 * ((theirs - want).abs() / size).max() + NOISE
     error = (ours - want).abs() / size
     assert bool((error <= allowed).all()), f"{what}: relative error {error.max():.3g}, allowed {allowed:.3g}"

@@ -6,7 +6,7 @@
 
 #include "core/dtype.h"
 #include "core/macros.h"
-#include "core/pages.h"
+#include "core/page_types.h"
 
 namespace tokencomp::attention {
 
@@ -21,9 +21,11 @@ struct Range {
 // Who sees whom.
 struct Geometry {
   int B, Hq, Hkv, T, S, D;
-  const int* q_position;  // of row (b, t) at b * position_stride + t, or null: S - T + t
+  const int* q_position;  // of row (b, t) at b * position_stride + t, or null: see position_of
   int64_t position_stride;
-  const int* lengths;  // of (b, kv) at b * lengths_b + kv * lengths_h, or null: S
+  const int *q_starts, *q_counts;  // [B] the rows that are no padding, or null: from 0, all that follow
+  bool at_end;                     // whether rows count back from the end of each (b, kv), not from S
+  const int* lengths;              // of (b, kv) at b * lengths_b + kv * lengths_h, or null: S
   int64_t lengths_b, lengths_h;
   const int* starts;  // [B] or null
   bool causal;
@@ -32,10 +34,6 @@ struct Geometry {
   TC_HD int group() const { return Hq / Hkv; }
 };
 
-TC_HD int position_of(const Geometry& g, int b, int t) {
-  return g.q_position ? g.q_position[b * g.position_stride + t] : g.S - g.T + t;
-}
-
 // Keys of sequence b that kv head `kv` has.
 TC_HD Range keys_of(const Geometry& g, int b, int kv) {
   const int start = g.starts ? g.starts[b] : 0;
@@ -43,11 +41,19 @@ TC_HD Range keys_of(const Geometry& g, int b, int kv) {
   return {start > 0 ? start : 0, length < g.S ? length : g.S};
 }
 
+// Where row t sits among the keys of (b, kv): the rows are the last ones. -1: padding.
+TC_HD int position_of(const Geometry& g, int b, int kv, int t) {
+  if (g.q_position) return g.q_position[b * g.position_stride + t];
+  if (!g.at_end) return g.S - g.T + t;
+  const int start = g.q_starts ? g.q_starts[b] : 0, count = g.q_counts ? g.q_counts[b] : g.T - start;
+  return t >= start && t - start < count ? keys_of(g, b, kv).end - count + t - start : -1;
+}
+
 // Keys of kv head `kv` that row t of sequence b sees; empty as {0, 0}.
 TC_HD Range visible(const Geometry& g, int b, int kv, int t) {
   Range r = keys_of(g, b, kv);
-  if (g.causal || g.q_position) {
-    const int p = position_of(g, b, t);
+  if (g.causal || g.q_position || g.q_starts || g.q_counts) {
+    const int p = position_of(g, b, kv, t);
     if (p < r.begin || p >= r.end) return {0, 0};  // padding
     if (g.causal) {
       r.end = p + 1;
@@ -66,7 +72,8 @@ struct Attention {
   int64_t k_stride_b, k_stride_h, k_stride_s;  // unless paged
   Pages pages;                                 // the layout of the pool, where there is a table
   PageTable table;
-  int page_count;
+  int page_count;   // of the working pool
+  PageTypes types;  // the other pools
   DType dtype;
   float scale, softcap;   // softcap 0: none
   const float* key_bias;  // [B, 1 or Hkv, S] or null
@@ -74,12 +81,17 @@ struct Attention {
   int device;
 };
 
-// Where slot `slot` of (b, kv) begins in the pool, in elements; -1 where the table names no page of tier 0, so that a
+// Where slot `slot` of (b, kv) begins in the pool, in elements; -1 where the table names no working page, so that a
 // wild entry is a hole rather than an address.
 TC_HD int64_t slot_offset(const Attention& a, int b, int kv, int slot) {
   const int32_t entry = a.table.row(b, kv)[slot >> a.table.shift];
-  if (page_tier(entry) != 0 || page_number(entry) >= a.page_count) return -1;
+  if (page_type(entry) != 0 || page_number(entry) >= a.page_count) return -1;
   return a.pages.offset(entry, kv, a.table.slot_in_page(slot));
+}
+
+// Whether any page holds that slot.
+TC_HD bool has_page(const Attention& a, int b, int kv, int slot) {
+  return a.types.type_of(a.table.row(b, kv)[slot >> a.table.shift], a.page_count) >= 0;
 }
 
 TC_HD bool is_finite(float x) { return x - x == 0.0f; }

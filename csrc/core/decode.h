@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "core/pages.h"
+#include "core/page_types.h"
 
 namespace tokencomp::decode {
 
@@ -19,8 +19,11 @@ struct DecodeArgs {
   const void* q;  // [B, Hq, T, D], strides in elements, last dimension contiguous
   int64_t q_stride_b, q_stride_h, q_stride_t;
   Pages k, v;
-  PageTable table;
-  int pages;               // in the pool
+  PageTable table;         // without places where `dense`
+  bool dense;              // k and v are [B, Hkv, S, D]: one page a sequence, whose number is the sequence's
+  int capacity;            // slots that a row has room for
+  int pages;               // in the working pool
+  PageTypes types;         // the other pools
   const int* lengths;      // [B, Hkv] slots in use
   const int* index;        // [B, Hkv, listed] slots to look at, -1: hole; or null: all
   const int* index_count;  // [B, Hkv] entries of a list that count, or null: all
@@ -55,10 +58,16 @@ struct MergeArgs {
   int device;
 };
 
-TC_HD int capacity_of(const DecodeArgs& a) { return a.table.places << a.table.shift; }
+// The table entry of the page of (b, kv) that holds `slot`, kNoPage where that names no page there is.
+TC_HD int32_t entry_of(const DecodeArgs& a, int b, int kv, int slot) {
+  if (a.dense) return b;
+  const int32_t entry = a.table.row(b, kv)[slot >> a.table.shift];
+  return a.types.type_of(entry, a.pages) < 0 ? kNoPage : entry;
+}
 
-// The page of (b, kv) that holds `slot`, or -1: none, of another tier, or not in the pool.
+// The working page of (b, kv) that holds `slot`, or -1: none, or of another type.
 TC_HD int page_of(const DecodeArgs& a, int b, int kv, int slot) {
+  if (a.dense) return b;
   const int32_t entry = a.table.row(b, kv)[slot >> a.table.shift];
   return uint32_t(entry) < uint32_t(a.pages) ? entry : -1;
 }

@@ -15,6 +15,7 @@
 #include "core/bitpack.h"
 #include "core/dtype.h"
 #include "core/page_blob.h"
+#include "core/pages.h"
 
 namespace tokencomp::kvquant {
 
@@ -53,6 +54,8 @@ struct Sheets {
   int sheets = 0, tokens = 0, D = 0, H = 1, S = 0;
   int sequences = 0, places = 0;  // how many there are; numbers outside are skipped
   bool x_by_sheet = false;        // x is [sheets, tokens, D], contiguous
+  PageTable table;                // without entries x is dense; else x are working pages, `stride_b` from one to the
+  int source_pages = 0;           // next, their number, and `index` are slots of the row `sequence`
   Format format;
   DType dtype = DType::f32;
   int device = -1;
@@ -67,17 +70,19 @@ struct Sheets {
     const int p = pages ? pages[sheet] : sheet;
     return p >= 0 && p < places ? p : -1;
   }
-  // Element offset of a sheet's first row in x, -1 where there is no such sequence.
+  // Element offset of a sheet's first row (of its head in each page) in x, -1 where there is no such sequence.
   TC_HD int64_t sheet_offset(int sheet) const {
     if (x_by_sheet) return int64_t(sheet) * tokens * D;
     const int s = sequence_of(sheet);
-    return s < 0 ? -1 : s / H * stride_b + s % H * stride_h;
+    if (s < 0) return -1;
+    return (table.entry ? 0 : s / H * stride_b) + s % H * stride_h;
   }
   // Element offset of slot t's row in x, -1 where the slot is empty.
   TC_HD int64_t row_offset(int64_t first, int sheet, int t) const {
     if (x_by_sheet) return first + int64_t(t) * D;
     const int row = index ? index[int64_t(sheet) * tokens + t] : t;
-    return first < 0 || row < 0 || row >= S ? -1 : first + row * stride_s;
+    if (first < 0 || row < 0 || row >= S) return -1;
+    return table.entry ? slot_offset(first, sheet, row) : first + row * stride_s;
   }
   // Per-channel vectors of a sheet.
   TC_HD const float* scale_of(int sheet) const { return map_of(pre_scale, sheet); }
@@ -89,6 +94,12 @@ struct Sheets {
   TC_HD int row_bytes() const { return D * format.bits / 8; }
 
  private:
+  TC_HD int64_t slot_offset(int64_t first, int sheet, int slot) const {
+    const int s = sequence_of(sheet);
+    const int32_t entry = table.row(s / H, s % H)[slot >> table.shift];
+    if (uint32_t(entry) >= uint32_t(source_pages)) return -1;  // none, or not a working page
+    return first + entry * stride_b + table.slot_in_page(slot) * stride_s;
+  }
   TC_HD const float* map_of(const float* map, int sheet) const {
     const int s = sequence_of(sheet);
     return map && s >= 0 ? map + int64_t(s) * D : nullptr;

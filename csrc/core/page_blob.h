@@ -2,9 +2,8 @@
 //
 //   [K codes | K params | V codes | V params]        each section starts on a 16-byte boundary
 //
-// Its type says how keys and values are stored, independently of each other. An entry of a page table is a page number
-// with the tier in its upper four bits; a tier names the number format of a page's pool. Tier 0 is the working dtype,
-// stored as rows (or fragments) of whole elements, without parameters.
+// Its type says how keys and values are stored, independently of each other: in a tier, a number format, with its
+// parameters. Tier 0 is the working dtype, stored as rows (or fragments) of whole elements, without parameters.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +18,6 @@ enum class Axis { token, channel };
 constexpr int kTiers = 6;
 constexpr int kSectionAlignment = 16;
 constexpr int kParamBytes = 4;  // two fp16: step in the low half, minimum in the high half
-
-TC_HD constexpr Tier page_tier(uint32_t entry) { return Tier(entry >> 28); }
-TC_HD constexpr int page_number(uint32_t entry) { return int(entry & 0x0fffffffu); }
-TC_HD constexpr uint32_t page_entry(Tier tier, int number) { return uint32_t(tier) << 28 | uint32_t(number); }
 
 TC_HD constexpr int tier_bits(Tier tier) {
   constexpr int bits[kTiers] = {16, 8, 8, 4, 3, 2};
@@ -82,8 +77,6 @@ static_assert(bytes(32, Tier::int3, Axis::token, 128, 128) == 3328);
 static_assert(bytes(16, Tier::int2, Axis::token, 64, 64) == 1280);
 static_assert(bytes(16, Tier::int2, Axis::channel, 16, 128) == 1600);
 static_assert(bytes(64, Tier::int2, Axis::channel, 64, 128) == 4864);
-static_assert(page_tier(page_entry(Tier::int2, 12345)) == Tier::int2 &&
-              page_number(page_entry(Tier::int2, 12345)) == 12345);
 
 }  // namespace golden
 }  // namespace tokencomp::page_blob

@@ -9,11 +9,14 @@
 
 namespace tokencomp {
 
-// An entry of a block table: the page's number in its low 28 bits, its tier (0: the model's own 16- or 32-bit type)
-// in the upper four. kNoPage names none.
+// An entry of a block table: the page's number in its low 28 bits, its type (0: a working page, of the model's own 16-
+// or 32-bit elements; else which quantized pool, see core/page_types.h) in the upper four. kNoPage names none.
 constexpr int32_t kNoPage = -1;
 constexpr int kPageNumberBits = 28;
-TC_HD constexpr int page_tier(int32_t entry) { return int(uint32_t(entry) >> kPageNumberBits); }
+TC_HD constexpr int32_t page_entry(int type, int number) {
+  return int32_t(uint32_t(type) << kPageNumberBits | uint32_t(number));
+}
+TC_HD constexpr int page_type(int32_t entry) { return int(uint32_t(entry) >> kPageNumberBits); }
 TC_HD constexpr int page_number(int32_t entry) { return entry & ((1 << kPageNumberBits) - 1); }
 
 // Keys or values of a pool of pages; strides in elements, channels contiguous.
@@ -49,5 +52,7 @@ TC_HD T* slot_of(const Pages& pages, const PageTable& table, int b, int h, int s
   if (entry == kNoPage) return nullptr;
   return static_cast<T*>(pages.base) + pages.offset(entry, h, table.slot_in_page(slot));
 }
+
+static_assert(page_type(page_entry(5, 12345)) == 5 && page_number(page_entry(5, 12345)) == 12345);
 
 }  // namespace tokencomp

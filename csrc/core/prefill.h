@@ -17,8 +17,9 @@ struct Lists {
 
 struct PrefillArgs {
   Attention a;
-  const void* v;  // [B, Hkv, S, Dv]
-  int64_t v_stride_b, v_stride_h, v_stride_s;
+  const void* v;                               // [B, Hkv, S, Dv] or a pool of pages, as the keys
+  int64_t v_stride_b, v_stride_h, v_stride_s;  // unless paged
+  Pages v_pages;
   int Dv;
   const float* sinks;  // [Hq] or null
   Lists blocks, columns;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/attention.h"
+#include "cpu/page_rows.h"
 #include "cpu/parallel.h"
 #include "cpu/simd_lanes.h"
 #include "cpu/simd_math.h"
@@ -62,6 +63,7 @@ struct Operands {
 
   // Keys [first, first + keys) of (b, kv): tile after tile of kLaneTile keys. Those that do not exist are zeros.
   TC_INLINE_MEMBER void pack_keys(int b, int kv, int first, int keys, Word* out) const {
+    if (a.types.count) return pack_page_rows(b, kv, first, keys, out);
     if (a.table.entry) return pack_pages(b, kv, first, keys, out);
     const int64_t at = b * a.k_stride_b + kv * a.k_stride_h;
     for (int j = first; j < first + keys && j < a.g.S; j += kLaneTile, out += padded * kLaneTile) {
@@ -73,15 +75,34 @@ struct Operands {
     }
   }
 
-  // One tile of the keys at position(0), position(1), ..., of which negative ones are zeros; no pages.
+  // One tile of the keys at position(0), position(1), ..., of which negative ones are zeros.
   template <class F>
   TC_INLINE_MEMBER void gather_keys(int b, int kv, F&& position, Word* out) const {
+    if (a.table.entry) return pack_rows_at(b, kv, position, out);
     const T* base = static_cast<const T*>(a.k) + b * a.k_stride_b + kv * a.k_stride_h;
     const auto row = [&](int i) { return position(i) < 0 ? nullptr : base + position(i) * a.k_stride_s; };
     pack_lane_rows<T>(row, [&](int) { return base; }, a.g.D, out);
   }
 
  private:
+  // Pages of several types, row by row.
+  TC_INLINE_MEMBER void pack_page_rows(int b, int kv, int first, int keys, Word* out) const {
+    for (int j = first; j < first + keys && j < a.g.S; j += kLaneTile, out += padded * kLaneTile) {
+      pack_rows_at(b, kv, [&](int i) { return j + i < a.g.S ? j + i : -1; }, out);
+    }
+  }
+
+  template <class F>
+  TC_INLINE_MEMBER void pack_rows_at(int b, int kv, F&& position, Word* out) const {
+    alignas(64) T buffer[kLaneTile * kMaxHeadDim];
+    const T* rows[kLaneTile];
+    PageRows<T> pages({a, a.k, a.pages, a.g.D, false, b, kv});
+    for (int i = 0; i < kLaneTile; ++i) {
+      rows[i] = position(i) < 0 ? nullptr : pages.row(position(i), buffer + i * a.g.D);
+    }
+    pack_lane_rows<T>([&](int i) { return rows[i]; }, [&](int i) { return buffer + i * a.g.D; }, a.g.D, out);
+  }
+
   TC_INLINE_MEMBER void pack_pages(int b, int kv, int first, int keys, Word* out) const {
     const int end = first + keys < a.g.S ? first + keys : a.g.S;
     int64_t offset[kOffsetBlock + kPrefetchRows];
@@ -103,11 +124,10 @@ static inline void load_bias(const Attention& a, int b, int kv, int first, int k
     const float value = bias && first + j < a.g.S ? factor * bias[j] : 0.0f;
     out[j] = value == value ? value : -INFINITY;
   }
-  if (!a.table.entry) return;
-  int64_t offset[kOffsetBlock];
-  for (int j = 0; j < keys; ++j) {
-    if (j % kOffsetBlock == 0) page_offsets(a, b, kv, first + j, kOffsetBlock, offset);
-    if (offset[j % kOffsetBlock] < 0) out[j] = -INFINITY;
+  for (int j = 0; a.table.entry && j < keys;) {  // page by page
+    const bool there = first + j < a.g.S && has_page(a, b, kv, first + j);
+    const int end = j + a.table.page_size() - a.table.slot_in_page(first + j);
+    for (; j < end && j < keys; ++j) out[j] = there ? out[j] : -INFINITY;
   }
 }
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/decode_kernels.h"
+#include "cpu/floats.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 
@@ -46,7 +47,7 @@ struct Parts {
 
 void run_decode(const DecodeArgs& a) {
   if (a.rows() == 0 || a.B == 0) return;
-  if (a.logits && a.index) std::fill_n(a.logits, int64_t(a.B) * a.Hq * a.T * capacity_of(a), -INFINITY);
+  if (a.logits && a.index) std::fill_n(a.logits, int64_t(a.B) * a.Hq * a.T * a.capacity, -INFINITY);
   const Parts parts(a);
   DecodeWork w{};
   w.tasks = parts.tasks.data();
@@ -56,22 +57,32 @@ void run_decode(const DecodeArgs& a) {
   w.scratch_bytes = scratch_bytes(a);
   w.slots = int(std::min<int64_t>(thread_count(), w.task_count));
   const std::unique_ptr<float[]> partial(new float[size_t(w.partial_floats * w.task_count)]);
-  const std::unique_ptr<unsigned char[]> scratch(new unsigned char[size_t(w.scratch_bytes * w.slots)]);
+  const Floats scratch(w.scratch_bytes / 4 * w.slots);
   std::vector<uint32_t> done(size_t(a.B) * a.Hkv, 0);
   w.partial = partial.get();
-  w.scratch = scratch.get();
+  w.scratch = reinterpret_cast<unsigned char*>(scratch.get());
   w.done = done.data();
   select_isa(kDecodeKernels)(a, w);
 }
 
-std::tuple<Tensor, Tensor, Tensor> paged_decode(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
-                                                const Tensor& block_table, const Tensor& lengths, double scale,
-                                                MaybeTensor index, MaybeTensor index_count, MaybeTensor key_bias,
-                                                MaybeTensor position, MaybeTensor q_position,
-                                                std::optional<int64_t> window, std::optional<double> softcap,
-                                                MaybeTensor sinks, bool causal, bool logits_out) {
-  const Options options{index, index_count, key_bias, position, q_position, sinks, window, softcap, causal, logits_out};
-  DecodeArgs a = make_decode_args(q, k_pages, v_pages, block_table, lengths, scale, options);
+std::tuple<Tensor, Tensor, Tensor> paged_decode(
+    const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, MaybeTensor block_table, const Tensor& lengths,
+    double scale, MaybeTensor index, MaybeTensor index_count, MaybeTensor key_bias, MaybeTensor position,
+    MaybeTensor q_position, std::optional<int64_t> window, std::optional<double> softcap, MaybeTensor sinks,
+    bool causal, bool logits_out, std::optional<std::vector<Tensor>> pools, std::optional<std::vector<int64_t>> formats,
+    MaybeTensor k_scale, MaybeTensor k_bias, MaybeTensor v_scale, MaybeTensor v_bias) {
+  const Options options{index,
+                        index_count,
+                        key_bias,
+                        position,
+                        q_position,
+                        sinks,
+                        window,
+                        softcap,
+                        causal,
+                        logits_out,
+                        {pools, formats, k_scale, k_bias, v_scale, v_bias}};
+  DecodeArgs a = make_decode_args(q, k_pages, v_pages, block_table, lengths, scale, options, false);
   std::tuple<Tensor, Tensor, Tensor> out = make_decode_outputs(a, q, logits_out);
   run_decode(a);
   return out;

@@ -5,33 +5,30 @@
 #include "cpu/decode_kernels.h"
 
 #include "core/dispatch.h"
+#include "cpu/decode_codes.h"
 #include "cpu/parallel.h"
-#include "cpu/simd_math.h"
-#include "cpu/simd_pairs.h"
 
 namespace tokencomp::cpu::TOKENCOMP_ISA {
-
-using namespace decode;
 
 namespace {
 
 alignas(64) const unsigned char kZeros[kMaxHeadDim * 4] = {};  // the key and value of a slot that is not there
 
-template <class T>
-TC_INLINE void prefetch_row(const T* p, int n) {
-  for (int i = 0; i < n; i += 64 / int(sizeof(T))) __builtin_prefetch(p + i);
-}
-
 template <class T, int kRows, bool kCap>
 class PartTask {
-  using W = Weights<T>;
-  using Stored = typename W::Stored;
-  static constexpr int kKeys = kWidth / kRows;  // of a tile
-  static_assert(kChunkKeys % kKeys == 0 && kKeys % 2 == 0);
+  using Tile = Tiles<T, kRows>;
+  using W = typename Tile::W;
+  using Stored = typename Tile::Stored;
+  static constexpr int kKeys = Tile::kKeys;
 
  public:
   PartTask(const DecodeArgs& args, const DecodeWork& work, int64_t task, int64_t slot)
-      : a(args), w(work), rows(args.rows()), values(int(padded_values(args))), words(int(round_up(args.D, kPack<T>))) {
+      : a(args),
+        w(work),
+        rows(args.rows()),
+        values(int(padded_values(args))),
+        words(int(round_up(args.D, kPack<T>))),
+        coded(args, work.tasks[task].pair, work.scratch + slot * work.scratch_bytes + working_bytes(args)) {
     pair = w.tasks[task].pair;
     part = w.tasks[task].part;
     b = pair / a.Hkv;
@@ -57,16 +54,20 @@ class PartTask {
     for (int64_t i = 0; i < padded * values; i += kWidth) store(sums + i, broadcast(0.0f));
     if (a.logits && !a.index) hide_logits();
     for (int j = 0; j < count; j += kChunkKeys) {
-      const int tiles = ((count - j < kChunkKeys ? count - j : kChunkKeys) + kKeys - 1) / kKeys;
+      const int keys = count - j < kChunkKeys ? count - j : kChunkKeys, tiles = (keys + kKeys - 1) / kKeys;
+      if (is_coded(j)) coded.open(slots + j, side + j, keys, a.index, key + j, value + j);
       for (int r = 0; r < rows; r += kRows) {
         multiply(j, tiles, r);
-        soften(tiles, r);
+        soften(j, tiles, r);
         weigh(j, tiles, r);
       }
     }
   }
 
  private:
+  // Whether the chunk from key j on has quantized pages.
+  bool is_coded(int j) const { return coded_chunks >> j / kChunkKeys & 1; }
+
   void carve(unsigned char* p) {
     constexpr int kMost = kPartKeys + kChunkKeys;
     key = reinterpret_cast<const T**>(p);
@@ -84,7 +85,7 @@ class PartTask {
     const int* list = a.index ? a.index + int64_t(pair) * a.listed : nullptr;
     const float* bias = a.key_bias ? a.key_bias + b * a.bias_stride_b + kv * a.bias_stride_h : nullptr;
     int page_slot = -1;
-    int64_t k_page = -1, v_page = -1;
+    int32_t entry = kNoPage;
     const int newest = a.causal && a.T == 1 ? length : end_of(a, a.T - 1, length);
     count = 0;
     for (int i = begin; i < end; ++i, ++count) {
@@ -98,17 +99,19 @@ class PartTask {
       }
       if (s >> a.table.shift != page_slot) {
         page_slot = s >> a.table.shift;
-        const int page = page_of(a, b, kv, s);
-        k_page = page < 0 ? -1 : a.k.offset(page, kv, 0);
-        v_page = page < 0 ? -1 : a.v.offset(page, kv, 0);
+        entry = entry_of(a, b, kv, s);
       }
       float z = bias ? bias[s] : 0.0f;
       if (a.T == 1 && a.window && !(position_of(a, b, kv, s) > floor)) z = -INFINITY;
-      if (k_page < 0 || !(z > -INFINITY)) continue;
-      const int in_page = a.table.slot_in_page(s);
-      key[count] = static_cast<const T*>(a.k.base) + k_page + in_page * a.k.slot_stride;
-      value[count] = static_cast<const T*>(a.v.base) + v_page + in_page * a.v.slot_stride;
+      if (entry == kNoPage || !(z > -INFINITY)) continue;
       side[count] = z;
+      if (page_type(entry) != 0) {
+        coded_chunks |= 1u << count / kChunkKeys;
+        continue;
+      }
+      const int in_page = a.table.slot_in_page(s);
+      key[count] = static_cast<const T*>(a.k.base) + a.k.offset(entry, kv, in_page);
+      value[count] = static_cast<const T*>(a.v.base) + a.v.offset(entry, kv, in_page);
       if (count < kChunkKeys) prefetch_row(key[count], a.D);
     }
     for (int i = count; i % kChunkKeys; ++i) {
@@ -124,12 +127,13 @@ class PartTask {
       const T* row = static_cast<const T*>(a.q) + b * a.q_stride_b + (kv * a.group() + r / a.T) * a.q_stride_h +
                      r % a.T * a.q_stride_t;
       for (int c = 0; c < words; ++c) query[r * words + c] = r < rows && c < a.D ? row[c] : T{};
+      if (coded_chunks) coded.add_query(r, r < rows ? row : nullptr);
     }
   }
 
   float* logits_of(int r) const {
     const int64_t at = (int64_t(b) * a.Hq + kv * a.group()) * a.T + r;
-    return a.logits + at * capacity_of(a);
+    return a.logits + at * a.capacity;
   }
 
   // -inf where no tile writes: before the first part and after the last.
@@ -138,7 +142,7 @@ class PartTask {
       float* out = logits_of(r);
       for (int s = 0; first_part && s < begin; ++s) out[s] = -INFINITY;
       for (int s = begin; s < end; ++s) out[s] = -INFINITY;
-      for (int s = end < 0 ? 0 : end; last_part && s < capacity_of(a); ++s) out[s] = -INFINITY;
+      for (int s = end < 0 ? 0 : end; last_part && s < a.capacity; ++s) out[s] = -INFINITY;
     }
   }
 
@@ -148,7 +152,8 @@ class PartTask {
     const Vec lowest = broadcast(-INFINITY);
     for (int i = 0; i < tiles; ++i) {
       const int at = j + i * kKeys;
-      Vec z = products(key + at, query + r * words);
+      Vec z = is_coded(j) ? coded.products(key + j, at - j, r, query + r * words, words)
+                          : Tile::products(key + at, query + r * words, words, 0, a.D);
       if (r == 0) {
         for (int t = 0; t < kKeys; ++t) prefetch_row(value[at + t], a.Dv);
       }
@@ -164,29 +169,6 @@ class PartTask {
       if (a.T > 1) hide_rows(out, at, r);
       if (a.logits) write_logits(out, at, r);
     }
-  }
-
-  TC_INLINE_MEMBER Vec products(const T* const* k, const T* q) const {
-    Vec x[kWidth];
-    for (int i = 0; i < kWidth; ++i) x[i] = broadcast(0.0f);
-    int c = 0;
-    for (; c + kPack<T> <= a.D; c += kPack<T>) {
-      typename PackOf<T>::type own[kRows];
-      for (int i = 0; i < kRows; ++i) own[i] = load_pack(q + i * words + c);
-      for (int t = 0; t < kKeys; ++t) {
-        const auto other = load_pack(k[t] + c);
-        for (int i = 0; i < kRows; ++i) x[i * kKeys + t] = multiply_add(own[i], other, x[i * kKeys + t]);
-      }
-    }
-    if (c < a.D) {
-      for (int t = 0; t < kKeys; ++t) {
-        const auto other = load_pack_some(k[t] + c, a.D - c);
-        for (int i = 0; i < kRows; ++i) {
-          x[i * kKeys + t] = multiply_add(load_pack(q + i * words + c), other, x[i * kKeys + t]);
-        }
-      }
-    }
-    return sum_each(x);
   }
 
   // What single query rows do not see: slots after their own, and those that left their window.
@@ -213,7 +195,7 @@ class PartTask {
   }
 
   // Logits become weights relative to the new maxima; what the rows gathered before is brought to them.
-  TC_INLINE_MEMBER void soften(int tiles, int r) {
+  TC_INLINE_MEMBER void soften(int j, int tiles, int r) {
     Vec highest = load(logits);
     for (int i = 1; i < tiles; ++i) highest = max(highest, load(logits + i * kWidth));
     float lanes[kWidth], origin[kWidth];
@@ -230,6 +212,7 @@ class PartTask {
       const Vec p = exp2(mul(sub(load(logits + i * kWidth), from), log2e));  // -inf less -inf is NaN: 0
       sum_of = add(sum_of, p);
       W::store_weights(weights + i * kWidth, p);
+      if (is_coded(j)) store(logits + i * kWidth, p);
     }
     store(lanes, sum_of);
     for (int i = 0; i < kRows; ++i) {
@@ -246,42 +229,10 @@ class PartTask {
   }
 
   TC_INLINE_MEMBER void weigh(int j, int tiles, int r) {
-    constexpr int kStep = W::kSteps * W::kElements;
-    int c = 0;
-    for (; c + kStep <= a.Dv; c += kStep) weigh_columns<W::kSteps>(j, tiles, r, c);
-    for (; c < a.Dv; c += W::kElements) weigh_columns<1>(j, tiles, r, c);
-  }
-
-  template <int kSteps>
-  TC_INLINE_MEMBER void weigh_columns(int j, int tiles, int r, int c) {
-    Vec x[kRows][kSteps * W::kSums];
-    float* out = sums + int64_t(r) * values + c;
-    for (int i = 0; i < kRows; ++i) {
-      for (int n = 0; n < kSteps * W::kSums; ++n) x[i][n] = load(out + i * values + n * kWidth);
-    }
-    const bool ahead = r == 0 && j + kChunkKeys < count;
-    for (int tile = 0; tile < tiles; ++tile) {
-      const T* const* v = value + j + tile * kKeys;
-      const Stored* p = weights + tile * kWidth;
-      for (int t = 0; t < kKeys; t += 2) {
-        typename W::Rows two[kSteps];
-        for (int n = 0; n < kSteps; ++n) {
-          const int at = c + n * W::kElements;
-          two[n] = W::rows(v[t] + at, v[t + 1] + at, kSteps > 1 ? W::kElements : a.Dv - at);
-        }
-        for (int i = 0; i < kRows; ++i) {
-          const auto both = W::pair(p + i * kKeys + t);
-          for (int n = 0; n < kSteps; ++n) W::add(x[i] + n * W::kSums, two[n], both);
-        }
-      }
-      if (ahead) {
-        const T* const* next = key + j + kChunkKeys + tile * kKeys;
-        for (int t = 0; t < kKeys; ++t) prefetch_row(next[t] + c, kSteps * W::kElements);
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int n = 0; n < kSteps * W::kSums; ++n) store(out + i * values + n * kWidth, x[i][n]);
-    }
+    float* out = sums + int64_t(r) * values;
+    if (is_coded(j)) return coded.weigh(value + j, logits, weights, tiles, out);
+    const T* const* next = r == 0 && j + kChunkKeys < count ? key + j + kChunkKeys : nullptr;
+    Tile::weigh(value + j, weights, tiles, 0, a.Dv, out, values, next);
   }
 
   const DecodeArgs& a;
@@ -295,6 +246,8 @@ class PartTask {
   int* slots;
   Stored* weights;
   T* query;
+  uint32_t coded_chunks = 0;  // a bit for each
+  CodedChunk<T, kRows> coded;
 };
 
 // All parts of a pair, in order: the result does not depend on who finished first.
@@ -353,33 +306,6 @@ void paged_decode(const DecodeArgs& a, const DecodeWork& w) {
     } else {
       with_rows.template operator()<4>();
     }
-  });
-}
-
-void merge_states(const MergeArgs& m) {
-  dispatch_dtype(m.dtype, [&]<class T> {
-    parallel_for(m.rows, 1 + (1 << 15) / (int64_t(m.D + 1) * (m.states + 1)), [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; ++r) {
-        float top = -INFINITY, total = 0.0f;
-        for (int s = 0; s < m.states; ++s) top = fmaxf(top, m.lse[s * m.rows + r]);
-        const auto weight = [&](int s) {
-          const float lse = m.lse[s * m.rows + r];
-          return lse > -INFINITY ? exp2f((lse - top) * kLog2e) : 0.0f;
-        };
-        for (int s = 0; s < m.states; ++s) total += weight(s);
-        m.merged_lse[r] = total > 0.0f ? top + logf(total) : -INFINITY;
-        T* out = static_cast<T*>(m.merged) + r * m.D;
-        for (int c = 0; c < m.D; c += kWidth) {
-          Vec x = broadcast(0.0f);
-          for (int s = 0; s < m.states; ++s) {
-            const T* own = static_cast<const T*>(m.out) + (s * m.rows + r) * m.D + c;
-            const float factor = weight(s);
-            if (factor > 0.0f) x = fma(load_up_to(own, m.D - c), broadcast(factor / total), x);
-          }
-          store_up_to(out + c, x, m.D - c);
-        }
-      }
-    });
   });
 }
 

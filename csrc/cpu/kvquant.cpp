@@ -102,6 +102,17 @@ void kv_page_write_(const Tensor& pool, const Tensor& k, const Tensor& v, const 
   run_sheets(a.v, select_isa(kQuantize));
 }
 
+void kv_retier_(const Tensor& pool, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table,
+                const Tensor& sequence, const Tensor& slots, const Tensor& pages, std::string tier_k,
+                std::string axis_k, int64_t group_k, std::string tier_v, std::string axis_v, int64_t group_v,
+                std::string layout, MaybeTensor k_scale, MaybeTensor k_bias, MaybeTensor v_scale, MaybeTensor v_bias) {
+  const PageArgs a =
+      make_retier_args(pool, k_pages, v_pages, block_table, sequence, slots, pages,
+                       {tier_k, axis_k, group_k, tier_v, axis_v, group_v, layout}, k_scale, k_bias, v_scale, v_bias);
+  run_sheets(a.k, select_isa(kQuantize));
+  run_sheets(a.v, select_isa(kQuantize));
+}
+
 std::tuple<Tensor, Tensor> kv_page_read(const Tensor& pool, const Tensor& pages, int64_t tokens, int64_t D,
                                         std::string tier_k, std::string axis_k, int64_t group_k, std::string tier_v,
                                         std::string axis_v, int64_t group_v, std::string layout, MaybeTensor sequence,
@@ -125,5 +136,6 @@ STABLE_TORCH_LIBRARY_IMPL(tokencomp, CPU, m) {
   m.impl("hadamard", TORCH_BOX(&tokencomp::cpu::hadamard));
   m.impl("channel_stats", TORCH_BOX(&tokencomp::cpu::channel_stats));
   m.impl("kv_page_write_", TORCH_BOX(&tokencomp::cpu::kv_page_write_));
+  m.impl("kv_retier_", TORCH_BOX(&tokencomp::cpu::kv_retier_));
   m.impl("kv_page_read", TORCH_BOX(&tokencomp::cpu::kv_page_read));
 }

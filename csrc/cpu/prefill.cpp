@@ -36,7 +36,7 @@ int64_t work_of(const PrefillArgs& p, const PrefillTask& task, int rows) {
     const Range columns = list_of(p, p.columns, task.b, task.h, task.block);
     return int64_t(blocks.end - blocks.begin) * p.block_k + columns.end - columns.begin;
   }
-  const Range keys = visible(g, task.b, 0, std::min(g.T, (task.block + 1) * rows) - 1);
+  const Range keys = visible(g, task.b, task.h / g.group(), std::min(g.T, (task.block + 1) * rows) - 1);
   return keys.end - keys.begin;
 }
 
@@ -66,6 +66,17 @@ std::vector<PrefillTask> make_tasks(const PrefillArgs& p, int rows) {
 
 std::unique_ptr<uint32_t[]> allocate(int64_t count) { return std::unique_ptr<uint32_t[]>(new uint32_t[size_t(count)]); }
 
+// How many (b, kv head) are packed at a time: what is packed stays small however large the cache is, unless that would
+// leave threads idle.
+int64_t pairs_at_a_time(const PrefillArgs& p, const PrefillWork& w) {
+  constexpr int64_t kPackedWords = int64_t(8) << 20, kTasksOfThread = 4;
+  const Geometry& g = p.a.g;
+  const int64_t words = std::max<int64_t>(1, units_of(g.S) * (unit_words(g.D) + unit_words(p.Dv)));
+  const int64_t tasks = std::max<int64_t>(1, int64_t(g.group()) * ((g.T + w.rows - 1) / w.rows));
+  const int64_t busy = (kTasksOfThread * w.slots + tasks - 1) / tasks;
+  return std::min<int64_t>(int64_t(g.B) * g.Hkv, std::max<int64_t>(kPackedWords / words, busy));
+}
+
 void run(const PrefillArgs& p) {
   const Geometry& g = p.a.g;
   PrefillWork w{};
@@ -73,16 +84,20 @@ void run(const PrefillArgs& p) {
   w.slots = thread_count();
   w.scratch_words = scratch_words(g.D, p.Dv);
   const std::vector<PrefillTask> tasks = make_tasks(p, w.rows);
-  w.tasks = tasks.data();
-  w.count = int64_t(tasks.size());
-  const int64_t units = int64_t(g.B) * g.Hkv * units_of(g.S);
+  const int64_t pairs = int64_t(g.B) * g.Hkv, at_a_time = pairs_at_a_time(p, w), units = at_a_time * units_of(g.S);
   const auto keys = allocate(units * unit_words(g.D)), values = allocate(units * unit_words(p.Dv));
   const auto scratch = allocate(w.slots * w.scratch_words);
   w.keys = keys.get();
   w.values = values.get();
   w.scratch = scratch.get();
-  select_isa(kPackKernels)(p, w);
-  select_isa(kAttendKernels)(p, w);
+  const int64_t tasks_of_pair = pairs ? int64_t(tasks.size()) / pairs : 0;
+  for (; w.first_pair < pairs; w.first_pair += at_a_time) {
+    w.pairs = int(std::min(at_a_time, pairs - w.first_pair));
+    w.tasks = tasks.data() + w.first_pair * tasks_of_pair;
+    w.count = w.pairs * tasks_of_pair;
+    select_isa(kPackKernels)(p, w);
+    select_isa(kAttendKernels)(p, w);
+  }
 }
 
 std::tuple<Tensor, Tensor> flash_prefill(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
@@ -90,9 +105,13 @@ std::tuple<Tensor, Tensor> flash_prefill(const Tensor& q, const Tensor& k, const
                                          MaybeTensor columns, int64_t block_q, int64_t block_k, MaybeTensor key_bias,
                                          MaybeTensor q_position, MaybeTensor lengths, MaybeTensor starts, bool causal,
                                          std::optional<int64_t> window, std::optional<double> softcap,
-                                         MaybeTensor sinks) {
+                                         MaybeTensor sinks, MaybeTensor block_table, MaybeTensor q_starts,
+                                         MaybeTensor q_counts, MaybePools pools, MaybeFormats formats,
+                                         MaybeTensor k_scale, MaybeTensor k_bias, MaybeTensor v_scale,
+                                         MaybeTensor v_bias) {
   PrefillArgs p = make_prefill_args(q, k, v, scale, {indptr, indices, column_ptr, columns, block_q, block_k}, key_bias,
-                                    {q_position, lengths, starts, causal, window}, softcap, sinks);
+                                    {q_position, lengths, starts, causal, window, q_starts, q_counts}, softcap, sinks,
+                                    {block_table, {pools, formats, k_scale, k_bias, v_scale, v_bias}, false});
   std::tuple<Tensor, Tensor> out = make_prefill_outputs(p, q);
   run(p);
   return out;

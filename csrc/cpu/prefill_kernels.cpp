@@ -34,11 +34,26 @@ struct Layout {
         key_words(int64_t(kUnit) * operands.padded),
         value_words(int64_t(kValueWords) * channels) {}
 
-  TC_INLINE_MEMBER const T* value(int b, int kv, int key) const {
-    return static_cast<const T*>(p.v) + b * p.v_stride_b + kv * p.v_stride_h + key * p.v_stride_s;
+  // Values of the kUnit keys at position(0), position(1), ...; zeros where that is negative.
+  template <class F>
+  TC_INLINE_MEMBER void gather_values(int b, int kv, F&& position, Word* out) const {
+    if (p.a.table.entry) return gather_page_values(b, kv, position, out);
+    const T* base = static_cast<const T*>(p.v) + b * p.v_stride_b + kv * p.v_stride_h;
+    pack_values([&](int i) { return position(i) < 0 ? nullptr : base + position(i) * p.v_stride_s; }, out);
   }
 
-  // Values of kUnit keys; row(i) is null where there is none: zeros.
+  template <class F>
+  TC_INLINE_MEMBER void gather_page_values(int b, int kv, F&& position, Word* out) const {
+    alignas(64) T buffer[kUnit * kMaxHeadDim];
+    const T* rows[kUnit];
+    PageRows<T> pages({p.a, p.v, p.v_pages, p.Dv, true, b, kv});
+    for (int i = 0; i < kUnit; ++i) {
+      rows[i] = position(i) < 0 ? nullptr : pages.row(position(i), buffer + i * p.Dv);
+    }
+    pack_values([&](int i) { return rows[i]; }, out);
+  }
+
+  // row(i) is null where there is none: zeros.
   template <class F>
   TC_INLINE_MEMBER void pack_values(F&& row, Word* out) const {
     constexpr int kElements = WordOf<T>::elements;
@@ -62,16 +77,14 @@ void pack(const PrefillArgs& p, const PrefillWork& w) {
   const Geometry& g = p.a.g;
   const Layout<T> layout(p);
   const int units = units_of(g.S);
-  for_each_task(int64_t(g.B) * g.Hkv * units, w.slots, [&](int64_t task, int64_t) {
-    const int b = int(task / units / g.Hkv), kv = int(task / units % g.Hkv), first = int(task % units) * kUnit;
-    const Range keys = keys_of(g, b, 0);
+  for_each_task(int64_t(w.pairs) * units, w.slots, [&](int64_t task, int64_t) {
+    const int64_t pair = w.first_pair + task / units;
+    const int b = int(pair / g.Hkv), kv = int(pair % g.Hkv), first = int(task % units) * kUnit;
+    const Range keys = keys_of(g, b, kv);
     if (first >= keys.end || first + kUnit <= keys.begin) return;  // nobody sees it
+    const auto position = [&](int i) { return first + i >= keys.begin && first + i < keys.end ? first + i : -1; };
     layout.operands.pack_keys(b, kv, first, kUnit, w.keys + task * layout.key_words);
-    layout.pack_values(
-        [&](int i) {
-          return first + i >= keys.begin && first + i < keys.end ? layout.value(b, kv, first + i) : nullptr;
-        },
-        w.values + task * layout.value_words);
+    layout.gather_values(b, kv, position, w.values + task * layout.value_words);
   });
 }
 
@@ -128,7 +141,7 @@ class Attend {
     first = g.S;
     last = 0;
     for (int r = 0; r < padded; ++r) {
-      range[r] = r < count ? visible(g, b, 0, t0 + r) : Range{0, 0};
+      range[r] = r < count ? visible(g, b, kv, t0 + r) : Range{0, 0};
       top[r] = -INFINITY;
       sum[r] = 0.0f;
       Word* row = queries + int64_t(r) * layout.operands.padded;
@@ -169,7 +182,7 @@ class Attend {
   // A unit of neighbouring keys, unless no row sees any of them.
   void meet(int key) {
     if (key >= last || key + kUnit <= first) return;
-    const int64_t at = (int64_t(b) * g.Hkv + kv) * units_of(g.S) + key / kUnit;
+    const int64_t at = (int64_t(b) * g.Hkv + kv - w.first_pair) * units_of(g.S) + key / kUnit;
     load_bias(p.a, b, kv, key, kUnit, kLog2e, bias + used * kUnit);
     units[used] = {w.keys + at * layout.key_words, w.values + at * layout.value_words, nullptr, key, kUnit};
     if (++used == kStepUnits) flush();
@@ -177,7 +190,7 @@ class Attend {
 
   // A unit of single keys, packed for this task. Those out of range, or behind the last, count as masked.
   void meet_columns(const int* entries, int n) {
-    const Range keys = keys_of(g, b, 0);
+    const Range keys = keys_of(g, b, kv);
     Word *packed_keys = own_keys + used * layout.key_words, *packed_values = own_values + used * layout.value_words;
     const auto there = [&](int i) { return i < n && entries[i] >= keys.begin && entries[i] < keys.end; };
     for (int j = 0; j < kUnit; j += kLaneTile) {
@@ -185,7 +198,7 @@ class Attend {
           b, kv, [&](int i) { return there(j + i) ? entries[j + i] : -1; },
           packed_keys + int64_t(j) * layout.operands.padded);
     }
-    layout.pack_values([&](int i) { return there(i) ? layout.value(b, kv, entries[i]) : nullptr; }, packed_values);
+    layout.gather_values(b, kv, [&](int i) { return there(i) ? entries[i] : -1; }, packed_values);
     for (int i = 0; i < kUnit; ++i) {
       float value = -INFINITY;
       if (there(i)) load_bias(p.a, b, kv, entries[i], 1, kLog2e, &value);

@@ -20,8 +20,10 @@ struct PrefillTask {
 struct PrefillWork {
   const PrefillTask* tasks;  // in the order in which threads take them
   int64_t count;
-  int rows;                 // of a task
-  uint32_t *keys, *values;  // [B, Hkv, units] packed
+  int rows;            // of a task
+  int64_t first_pair;  // (b, kv head) whose keys and values are packed now, with the next ones
+  int pairs;
+  uint32_t *keys, *values;  // [pairs, units] packed
   uint32_t* scratch;
   int64_t scratch_words;  // of one slot
   int slots;              // tasks that run at a time

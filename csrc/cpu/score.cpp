@@ -102,8 +102,10 @@ Tensor attention_lse(const Tensor& q, const Tensor& k, double scale, MaybeTensor
 
 std::tuple<Tensor, Tensor> qk_scores(const Tensor& q, const Tensor& k, double scale, MaybeTensor block_table,
                                      MaybeTensor k_min, MaybeTensor key_bias, MaybeTensor lengths, MaybeTensor starts,
-                                     std::optional<double> softcap) {
-  LseArgs l = make_qk_args(q, k, scale, block_table, k_min, key_bias, lengths, starts, softcap);
+                                     std::optional<double> softcap, MaybePools pools, MaybeFormats formats,
+                                     MaybeTensor k_scale, MaybeTensor k_bias, MaybeTensor v_scale, MaybeTensor v_bias) {
+  LseArgs l = make_qk_args(q, k, scale, block_table, k_min, key_bias, lengths, starts, softcap,
+                           {pools, formats, k_scale, k_bias, v_scale, v_bias}, false);
   std::tuple<Tensor, Tensor> out = make_qk_outputs(l, q);
   run_lse(l);
   return out;

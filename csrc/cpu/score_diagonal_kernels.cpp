@@ -38,7 +38,7 @@ class Diagonals {
  private:
   // Only the keys of the row at this task's offsets.
   void take(int t, float beta, Range range) {
-    const int p = position_of(g, b, t), low = p - first - kKeyBlock + 1, high = p - first + 1;
+    const int p = position_of(g, b, 0, t), low = p - first - kKeyBlock + 1, high = p - first + 1;
     range.begin = range.begin > low ? range.begin : low;
     range.end = range.end < high ? range.end : high;
     if (range.begin >= range.end) return;

@@ -85,6 +85,8 @@ struct Weights {
   static TC_INLINE_MEMBER void store_weights(float* p, Vec w) { store(p, w); }
   // The sums of a step in the order of the elements, from kElements floats at p.
   static TC_INLINE_MEMBER Vec in_order(const float* p, int i) { return load(p + i * kWidth); }
+  // The inverse: vector i of a step's elements at p, in the order of its sums.
+  static TC_INLINE_MEMBER Vec as_sums(const float* p, int i) { return load(p + i * kWidth); }
 };
 
 #if defined(TOKENCOMP_AVX512_BF16)
@@ -116,6 +118,11 @@ struct Weights<bf16> {
   static TC_INLINE_MEMBER Vec in_order(const float* p, int i) {
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i order = _mm512_add_epi32(first, _mm512_set1_epi32(8 * i));
+    return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), order, _mm512_loadu_ps(p + kWidth))};
+  }
+  static TC_INLINE_MEMBER Vec as_sums(const float* p, int i) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+    const __m512i order = _mm512_add_epi32(first, _mm512_set1_epi32(4 * i));
     return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), order, _mm512_loadu_ps(p + kWidth))};
   }
 };

@@ -55,6 +55,18 @@ inline bool whole_keys(const Attention& a) {
   return whole(a.k) && (!a.k_min || whole(a.k_min));
 }
 
+inline void watch_page_types(const Attention& a) {
+  for (int i = 0; i < a.types.count; ++i) {
+    const PagePool& pool = a.types.pool[i];
+    gpu::watch(pool.base, size_t(pool.pages * pool.page_bytes), "pools", true);
+  }
+  const PageMaps& m = a.types.maps;
+  const size_t bytes = size_t(a.g.B) * a.g.Hkv * a.g.D * 4;
+  for (const float* map : {m.k_scale, m.k_bias, m.v_scale, m.v_bias}) {
+    if (map) gpu::watch(map, bytes, "maps", true);
+  }
+}
+
 inline void watch_attention(const Attention& a) {
   const Geometry& g = a.g;
   const Pages& p = a.pages;
@@ -73,7 +85,10 @@ inline void watch_attention(const Attention& a) {
   if (a.k_min) gpu::watch(a.k_min, keys, "k_min", true);
   if (a.key_bias)
     gpu::watch(a.key_bias, (a.bias_stride_b * (g.B - 1) + a.bias_stride_h * (g.Hkv - 1) + g.S) * 4, "key_bias", true);
+  watch_page_types(a);
   if (g.q_position) gpu::watch(g.q_position, (g.position_stride * (g.B - 1) + g.T) * 4, "q_position", true);
+  if (g.q_starts) gpu::watch(g.q_starts, g.B * 4, "q_starts", true);
+  if (g.q_counts) gpu::watch(g.q_counts, g.B * 4, "q_counts", true);
   if (g.lengths) gpu::watch(g.lengths, g.B * g.lengths_b * 4, "lengths", true);
   if (g.starts) gpu::watch(g.starts, g.B * 4, "starts", true);
 }

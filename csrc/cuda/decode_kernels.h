@@ -217,7 +217,7 @@ class Warp {
     for (int i = 0; i < S::kTiles * 4; ++i) {
       const int r = row(i % 4 / 2), slot = s.slot[warp][stage][i / 4 * 8 + lane % 4 * 2 + i % 2];
       if (r < a.rows() && z[i / 4][i % 4] > -INFINITY) {
-        a.logits[row_of(a, u, r) * capacity_of(a) + slot] = z[i / 4][i % 4];
+        a.logits[row_of(a, u, r) * a.capacity + slot] = z[i / 4][i % 4];
       }
     }
   }

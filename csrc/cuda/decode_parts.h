@@ -26,8 +26,8 @@ struct Unit {
     b = pair() / a.Hkv;
     kv = pair() % a.Hkv;
     length = length_of(a, b, kv);
-    const int candidates = candidates_of(a, b, kv), begin = a.index ? 0 : first_slot(a, b, kv, length);
-    constexpr int kStep = 64;  // a whole number of the warps' tiles
+    constexpr int kStep = 64;  // a whole number of the warps' tiles and of pages
+    const int candidates = candidates_of(a, b, kv), begin = a.index ? 0 : first_slot(a, b, kv, length) & -kStep;
     const int steps = (candidates - begin + kStep - 1) / kStep, share = (steps + w.parts - 1) / w.parts * kStep;
     first = min(begin + part() * share, candidates);
     end = min(first + share, candidates);
@@ -53,9 +53,11 @@ __device__ __forceinline__ int candidate(const DecodeArgs& a, const Unit& u, int
 }
 
 // `floor` is that of the only query row; with several, rows are told apart later.
+// kTypes: `page` may be an entry of any type.
+template <bool kTypes = false>
 __device__ __forceinline__ KeySource locate(const DecodeArgs& a, const Unit& u, int slot, int floor) {
   if (slot < 0 || slot >= end_of(a, a.T - 1, u.length)) return {-1, -1, -INFINITY};
-  KeySource key{slot, page_of(a, u.b, u.kv, slot), 0.0f};
+  KeySource key{slot, kTypes ? entry_of(a, u.b, u.kv, slot) : page_of(a, u.b, u.kv, slot), 0.0f};
   if (a.key_bias) key.side = a.key_bias[u.b * a.bias_stride_b + u.kv * a.bias_stride_h + slot];
   if (a.T == 1 && a.window && !(position_of(a, u.b, u.kv, slot) > floor)) key.side = -INFINITY;
   if (key.page < 0 || !(key.side > -INFINITY)) key.side = -INFINITY, key.page = -1;

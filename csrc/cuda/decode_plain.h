@@ -15,7 +15,22 @@ struct PlainSmem {
   uint32_t last;
 };
 
-template <int kD>
+// Element (t, d) of a page's keys or values, dequantized; `map` is that of the page's channels.
+__device__ __forceinline__ float quantized_element(const PageHalf& h, const uint8_t* page, int D, int t, int d,
+                                                   const float* scale, const float* bias) {
+  const kvquant::Format& f = h.format;
+  const int unit = bitpack::unit_bytes(f.layout, f.bits, D), block = t / bitpack::kBlock;
+  const int code = bitpack::code_at(f.layout, f.bits, D, page + h.codes + block * unit, t % bitpack::kBlock, d);
+  const bool by_channel = f.axis == page_blob::Axis::channel;
+  const int grid = by_channel ? t / f.group * D + d : t * (D / f.group) + d / f.group;
+  const f16* param = reinterpret_cast<const f16*>(page + h.params) + 2 * grid;
+  const float number = f.kind == kvquant::Kind::fp8 ? bitpack::fp8_to_float(uint8_t(code)) : float(code);
+  const float y = fmaf(to_float(param[0]), number, to_float(param[1]));
+  return (scale ? y / *scale : y) + (bias ? *bias : 0.0f);
+}
+
+// kTypes: pages of several types.
+template <int kD, bool kTypes>
 class PlainWarp {
   static constexpr int kSlices = kD / 32;
 
@@ -34,7 +49,7 @@ class PlainWarp {
     const int floor = floor_of(a, u.b, u.kv, 0, u.length);
 #pragma unroll 1
     for (int key = u.first + warp * 32; key < u.end; key += kThreads) {
-      const KeySource own = locate(a, u, candidate(a, u, key + lane), floor);
+      const KeySource own = locate<kTypes>(a, u, candidate(a, u, key + lane), floor);
       const int n = min(32, u.end - key);
 #pragma unroll 1
       for (int j = 0; j < n; ++j) {
@@ -54,14 +69,18 @@ class PlainWarp {
  private:
   __device__ __forceinline__ void fold(const KeySource& one) {
     const int in_page = a.table.slot_in_page(one.slot);
-    const float* k = static_cast<const float*>(a.k.base) + a.k.offset(one.page, u.kv, in_page);
-    const float* v = static_cast<const float*>(a.v.base) + a.v.offset(one.page, u.kv, in_page);
     float key[kSlices], value[kSlices];
+    if (kTypes && page_type(one.page)) {
+      read_quantized(one.page, in_page, key, value);
+    } else {
+      const float* k = static_cast<const float*>(a.k.base) + a.k.offset(one.page, u.kv, in_page);
+      const float* v = static_cast<const float*>(a.v.base) + a.v.offset(one.page, u.kv, in_page);
 #pragma unroll
-    for (int i = 0; i < kSlices; ++i) {
-      const int c = lane + 32 * i;
-      key[i] = c < a.D ? k[c] : 0.0f;
-      value[i] = c < a.Dv ? v[c] : 0.0f;
+      for (int i = 0; i < kSlices; ++i) {
+        const int c = lane + 32 * i;
+        key[i] = c < a.D ? k[c] : 0.0f;
+        value[i] = c < a.Dv ? v[c] : 0.0f;
+      }
     }
 #pragma unroll
     for (int r = 0; r < kPlainRows; ++r) {
@@ -84,6 +103,26 @@ class PlainWarp {
     }
   }
 
+  __device__ __forceinline__ void read_quantized(int32_t entry, int t, float (&key)[kSlices],
+                                                 float (&value)[kSlices]) const {
+    const PagePool& pool = a.types.pool_of(page_type(entry));
+    const PageMaps& maps = a.types.maps;
+    const uint8_t* page = a.types.page(entry);
+    const int64_t row = (int64_t(u.b) * a.Hkv + u.kv) * a.D;
+#pragma unroll
+    for (int i = 0; i < kSlices; ++i) key[i] = value[i] = 0.0f;
+    // Once in the code, not once a slice; `key[i]` would then be in memory, so that all are chosen from instead.
+#pragma unroll 1
+    for (int i = 0; i < kSlices && lane + 32 * i < a.D; ++i) {
+      const int c = lane + 32 * i;
+      const auto at = [&](const float* map) { return map ? map + row + c : nullptr; };
+      const float k = quantized_element(pool.k, page, a.D, t, c, at(maps.k_scale), at(maps.k_bias));
+      const float v = quantized_element(pool.v, page, a.D, t, c, at(maps.v_scale), at(maps.v_bias));
+#pragma unroll
+      for (int n = 0; n < kSlices; ++n) key[n] = n == i ? k : key[n], value[n] = n == i ? v : value[n];
+    }
+  }
+
   // Scale, cap, bias; -inf where the row does not see the key, and for NaN.
   __device__ __forceinline__ float finish_logit(float product, const KeySource& one, int own) const {
     const int r = Unit::block() * kPlainRows + own, t = r % a.T;
@@ -92,7 +131,7 @@ class PlainWarp {
     z = fmaxf(z + one.side, -INFINITY);
     if (r >= a.rows() || one.slot >= end_of(a, t, u.length)) return -INFINITY;
     if (a.window && !(position_of(a, u.b, u.kv, one.slot) > floor_of(a, u.b, u.kv, t, u.length))) return -INFINITY;
-    if (a.logits && lane == 0 && z > -INFINITY) a.logits[row_of(a, u, r) * capacity_of(a) + one.slot] = z;
+    if (a.logits && lane == 0 && z > -INFINITY) a.logits[row_of(a, u, r) * a.capacity + one.slot] = z;
     return z;
   }
 
@@ -104,7 +143,7 @@ class PlainWarp {
 };
 
 // registers: decode_plain <= 128
-template <int kD>
+template <int kD, bool kTypes>
 __global__ void __launch_bounds__(kThreads, 4) decode_plain(DecodeArgs a, Workspace w) {
   auto& s = gpu::dynamic_smem<PlainSmem<kD>>();
   const Unit u(a, w);
@@ -114,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 4) decode_plain(DecodeArgs a, Worksp
     s.q[own][c] = r < a.rows() && c < a.D ? static_cast<const float*>(a.q)[at] : 0.0f;
   }
   __syncthreads();
-  PlainWarp<kD>(a, u, s).run();
+  PlainWarp<kD, kTypes>(a, u, s).run();
   __syncthreads();
   Finish<float, kPlainRows, kD>{a, w, u, s.found}.run(s.last);
 }

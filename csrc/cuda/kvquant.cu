@@ -39,13 +39,16 @@ void for_head_dim(Layout layout, int D, F&& f) {
 
 int64_t elements_spanned(const Sheets& s) {
   if (s.x_by_sheet) return int64_t(s.sheets) * s.tokens * s.D;
+  if (s.table.entry) {
+    return (s.source_pages - 1) * s.stride_b + (s.H - 1) * s.stride_h + (s.table.page_size() - 1) * s.stride_s + s.D;
+  }
   return (s.sequences / s.H - 1) * s.stride_b + (s.H - 1) * s.stride_h + (s.S - 1) * s.stride_s + s.D;
 }
 
 // Tells the checker what belongs to the call. Pages are one tensor, watched by the caller.
 void watch(const Sheets& s, bool quantizes) {
   const size_t maps = size_t(s.sequences) * s.D * 4;
-  if (s.x_by_sheet || (s.sequences > 0 && s.S > 0)) {
+  if (s.x_by_sheet || (s.sequences > 0 && s.S > 0 && (!s.table.entry || s.source_pages > 0))) {
     gpu::watch(s.x, size_t(elements_spanned(s) * element_bytes(s.dtype)), "x", quantizes);
   }
   if (s.pre_scale) gpu::watch(s.pre_scale, maps, "pre_scale", true);
@@ -170,6 +173,13 @@ Tensor channel_stats(const Tensor& x, MaybeTensor lengths, MaybeTensor starts) {
   return out;
 }
 
+// Again for every launch: a call that watches after one forgets what was watched before it.
+void watch_bytes(const Tensor& t, const char* name) {
+  if (t.numel() == 0) return;
+  const size_t bytes = t.scalar_type() == ScalarType::Int ? 4 : 1;
+  gpu::watch(t.const_data_ptr(), size_t(elements_spanned(t)) * bytes, name, true);
+}
+
 void kv_page_write_(const Tensor& pool, const Tensor& k, const Tensor& v, const Tensor& sequence, const Tensor& index,
                     const Tensor& pages, std::string tier_k, std::string axis_k, int64_t group_k, std::string tier_v,
                     std::string axis_v, int64_t group_v, std::string layout, MaybeTensor k_scale, MaybeTensor k_bias,
@@ -179,9 +189,26 @@ void kv_page_write_(const Tensor& pool, const Tensor& k, const Tensor& v, const 
                                           v_scale, v_bias);
   const gpu::DeviceGuard device(a.k.device);
   const gpu::WatchScope scope;
-  if (pool.numel() > 0) gpu::watch(pool.const_data_ptr(), size_t(pool.numel()), "pool", true);
-  quantize(a.k);
-  quantize(a.v);
+  for (const Sheets& half : {a.k, a.v}) {
+    watch_bytes(pool, "pool");
+    quantize(half);
+  }
+}
+
+void kv_retier_(const Tensor& pool, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table,
+                const Tensor& sequence, const Tensor& slots, const Tensor& pages, std::string tier_k,
+                std::string axis_k, int64_t group_k, std::string tier_v, std::string axis_v, int64_t group_v,
+                std::string layout, MaybeTensor k_scale, MaybeTensor k_bias, MaybeTensor v_scale, MaybeTensor v_bias) {
+  const PageArgs a =
+      make_retier_args(pool, k_pages, v_pages, block_table, sequence, slots, pages,
+                       {tier_k, axis_k, group_k, tier_v, axis_v, group_v, layout}, k_scale, k_bias, v_scale, v_bias);
+  const gpu::DeviceGuard device(a.k.device);
+  const gpu::WatchScope scope;
+  for (const Sheets& half : {a.k, a.v}) {
+    watch_bytes(pool, "pool");
+    watch_bytes(block_table, "block_table");
+    quantize(half);
+  }
 }
 
 std::tuple<Tensor, Tensor> kv_page_read(const Tensor& pool, const Tensor& pages, int64_t tokens, int64_t D,
@@ -194,9 +221,10 @@ std::tuple<Tensor, Tensor> kv_page_read(const Tensor& pool, const Tensor& pages,
   auto out = make_page_read_outputs(a, pool, dtype);
   const gpu::DeviceGuard device(a.k.device);
   const gpu::WatchScope scope;
-  if (pool.numel() > 0) gpu::watch(pool.const_data_ptr(), size_t(pool.numel()), "pool", true);
-  dequantize(a.k);
-  dequantize(a.v);
+  for (const Sheets& half : {a.k, a.v}) {
+    watch_bytes(pool, "pool");
+    dequantize(half);
+  }
   return out;
 }
 
@@ -210,5 +238,6 @@ STABLE_TORCH_LIBRARY_IMPL(TOKENCOMP_NAMESPACE, TOKENCOMP_KEY, m) {
   m.impl("hadamard", TORCH_BOX(&tokencomp::kvquant::hadamard));
   m.impl("channel_stats", TORCH_BOX(&tokencomp::kvquant::channel_stats));
   m.impl("kv_page_write_", TORCH_BOX(&tokencomp::kvquant::kv_page_write_));
+  m.impl("kv_retier_", TORCH_BOX(&tokencomp::kvquant::kv_retier_));
   m.impl("kv_page_read", TORCH_BOX(&tokencomp::kvquant::kv_page_read));
 }

@@ -3,6 +3,7 @@
 // mma.sync, for sm_80 and newer. Two barriers a tile; the sums never leave the registers.
 #pragma once
 
+#include "cuda/prefill_pages.h"
 #include "cuda/prefill_tiles.h"
 
 namespace tokencomp::prefill {
@@ -16,7 +17,7 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return uint32_t(bits[1]) << 16 | bits[0];
 }
 
-template <class S>
+template <class S, bool kPaged>
 struct Attend {
   using T = typename S::T;
   static constexpr int kOwnRows = 2 * S::kMTiles;  // of a thread
@@ -49,6 +50,7 @@ struct Attend {
       const T* q = static_cast<const T*>(p.a.q) + at.b * p.a.q_stride_b + at.h * p.a.q_stride_h;
       load_rows<S>(s.q, q_format, [&](int r) { return at.t0 + r < g.T ? q + (at.t0 + r) * p.a.q_stride_t : nullptr; });
       load_keys(0);
+      load_quantized_keys(0);
     }
     gpu::cp_async_commit();
 #pragma unroll 1
@@ -69,6 +71,7 @@ struct Attend {
       if (masked(stage)) mask(z, stage);
       soften(z);
       accumulate(z);
+      if (s.tile[stage ^ 1].count) load_quantized_keys(stage ^ 1);
     }
     gpu::cp_async_wait<0>();
     finish();
@@ -81,7 +84,7 @@ struct Attend {
     Range some{g.S, 0}, every{0, g.S};
     for (int r = int(threadIdx.x); r < S::kRows; r += S::kThreads) {
       const bool there = t0 + r < g.T;
-      const Range range = there ? visible(g, b, 0, t0 + r) : Range{0, 0};
+      const Range range = there ? visible(g, b, h / g.group(), t0 + r) : Range{0, 0};
       s.range[r] = range;
       if (!there) continue;
       every.begin = max(every.begin, range.begin);
@@ -111,25 +114,47 @@ struct Attend {
     return at < g.S ? at : -1;
   }
 
+  __device__ TileSlots slots_of(const Tile& tile) const {
+    return {p.a, s.at.b, s.at.kv, keys_of(g, s.at.b, s.at.kv), tile};
+  }
+
   __device__ __forceinline__ void load_keys(int stage) const {
     const Tile tile = s.tile[stage];
     const int b = s.at.b, kv = s.at.kv;
-    const T* k = static_cast<const T*>(p.a.k) + b * p.a.k_stride_b + kv * p.a.k_stride_h;
-    load_rows<S>(s.k, k_format, [&](int r) {
-      const int at = position(tile, r);
-      return at >= 0 ? k + at * p.a.k_stride_s : nullptr;
-    });
+    if constexpr (kPaged) {
+      load_working<S>(s.k, k_format, p.a.pages, slots_of(tile));
+    } else {
+      const T* k = static_cast<const T*>(p.a.k) + b * p.a.k_stride_b + kv * p.a.k_stride_h;
+      load_rows<S>(s.k, k_format, [&](int r) {
+        const int at = position(tile, r);
+        return at >= 0 ? k + at * p.a.k_stride_s : nullptr;
+      });
+    }
     for (int c = int(threadIdx.x); c < S::kKeys; c += S::kThreads) {
       const int at = position(tile, c);
       s.position[stage][c] = at;
-      s.bias[stage][c] = at >= 0 ? bias_of(p.a, b, kv, at) * kLog2e : 0.0f;
+      float bias = at >= 0 ? bias_of(p.a, b, kv, at) * kLog2e : 0.0f;
+      if constexpr (kPaged) {
+        if (at >= 0 && slots_of(tile).entry(c) == kNoPage) bias = -INFINITY;
+      }
+      s.bias[stage][c] = bias;
     }
+  }
+
+  // Keys of quantized pages, apart from the others: their numbers pass through registers, which hold weights before.
+  __device__ __forceinline__ void load_quantized_keys(int stage) const {
+    if constexpr (kPaged && kHasQuantized<S>) load_quantized<S, false>(s.k, slots_of(s.tile[stage]));
   }
 
   // Zeros for keys that the sequence does not have: their weights are 0, and 0 times NaN would be NaN.
   __device__ __forceinline__ void load_values(int stage) const {
     const Tile tile = s.tile[stage];
-    const Range keys = keys_of(g, s.at.b, 0);
+    if constexpr (kPaged) {
+      load_working<S>(s.v, v_format, p.v_pages, slots_of(tile));
+      if constexpr (kHasQuantized<S>) load_quantized<S, true>(s.v, slots_of(tile));
+      return;
+    }
+    const Range keys = keys_of(g, s.at.b, s.at.kv);
     const T* v = static_cast<const T*>(p.v) + s.at.b * p.v_stride_b + s.at.kv * p.v_stride_h;
     load_rows<S>(s.v, v_format, [&](int r) {
       const int at = position(tile, r);
@@ -326,22 +351,23 @@ struct Attend {
 
 // Blocks of threads: late rows, which see most keys, first; the heads of a group side by side, so that they share keys
 // in L2.
+// At least one block of fp32 over pages (0 says nothing): left to itself, ptxas took 80 registers and spilled.
 // registers: prefill_attend <= 255
-template <class S>
-__global__ void __launch_bounds__(S::kThreads)
+template <class S, bool kPaged>
+__global__ void __launch_bounds__(S::kThreads, kPaged && !S::kTensor ? 1 : 0)
     prefill_attend(PrefillArgs p, int row_blocks, bool whole_q, bool whole_k, bool whole_v) {
   using T = typename S::T;
   const Geometry& g = p.a.g;
-  Attend<S> attend{p,
-                   g,
-                   gpu::dynamic_smem<Smem<S>>(),
-                   row_blocks,
-                   RowFormat<T>{p.a.q, g.D, whole_q},
-                   RowFormat<T>{p.a.k, g.D, whole_k},
-                   RowFormat<T>{p.v, p.Dv, whole_v},
-                   {},
-                   {},
-                   {}};
+  Attend<S, kPaged> attend{p,
+                           g,
+                           gpu::dynamic_smem<Smem<S>>(),
+                           row_blocks,
+                           RowFormat<T>{p.a.q, g.D, whole_q},
+                           RowFormat<T>{p.a.k, g.D, whole_k},
+                           RowFormat<T>{p.v, p.Dv, whole_v},
+                           {},
+                           {},
+                           {}};
   attend.run();
 }
 

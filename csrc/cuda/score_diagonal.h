@@ -61,7 +61,7 @@ struct DiagonalSweep {
   __device__ Range band(int tile, const TileBounds& bounds) {
     int low = g.S, high = 0;
     for (int r = int(threadIdx.x); r < S::kStream; r += kThreads) {
-      const int t = tile * S::kStream + r, p = t < g.T ? position_of(g, b, t) : 0;
+      const int t = tile * S::kStream + r, p = t < g.T ? position_of(g, b, 0, t) : 0;
       d.position[r] = p;
       if (t >= g.T) continue;
       low = min(low, p - offset - kOffsets + 1);

@@ -3,6 +3,7 @@
 // the keys it meets, and the threads that share a row are merged once, at the end.
 #pragma once
 
+#include "cuda/page_tiles.h"
 #include "cuda/score_kernels.h"
 
 namespace tokencomp::score {
@@ -18,6 +19,9 @@ struct LseSweep {
   using T = typename S::T;
   static constexpr int kRows = S::kMTiles * 2;      // of a thread
   static constexpr bool kLogits = S::kWarpsM == 1;  // only the shape for few rows can write them
+  static constexpr int64_t kQuantized = -2;
+  // Only these head dimensions have quantized pages.
+  static constexpr bool kHasQuantized = kLogits && (S::kD == 64 || S::kD == 128 || S::kD == 256);
   const LseArgs& l;
   const LseWorkspace& w;
   const Geometry& g;
@@ -29,13 +33,19 @@ struct LseSweep {
   __device__ int head_of(int r) const { return kv * g.group() + r / g.T; }
   __device__ int64_t at(int r) const { return (int64_t(b) * g.Hq + head_of(r)) * g.T + r % g.T; }
 
+  // Where a slot lies: elements of the working pool, -1 for nowhere, or less: a slot of a quantized page.
+  __device__ int64_t place_of(int slot) const {
+    const int64_t offset = slot_offset(l.a, b, kv, slot);
+    return offset < 0 && l.a.types.count && entry_of(l.a, b, kv, slot) != kNoPage ? kQuantized : offset;
+  }
+
   // Where paged keys [key, key + kStream) begin; to be loaded behind a barrier. One look at the table a key, not one
   // for each 16 bytes of it.
   __device__ void locate(int key, int end) const {
     if constexpr (kLogits) {
       if (!l.a.table.entry || key >= end) return;
       for (int r = int(threadIdx.x); r < S::kStream; r += kThreads) {
-        s.offset[key / S::kStream % 2][r] = key + r < g.S ? slot_offset(l.a, b, kv, key + r) : -1;
+        s.offset[key / S::kStream % 2][r] = key + r < g.S ? place_of(key + r) : -1;
       }
     }
   }
@@ -49,17 +59,34 @@ struct LseSweep {
 
   __device__ void load(int key, int end, int stage) const {
     if (key < end) {
-      load_tile<S>(s, stage, keys, [&](int r) {
+      const auto source = [&](int r) {
         const int64_t offset = offset_of(key, r);
         if (offset < 0) return RowSource<T>{nullptr, nullptr};
         return RowSource<T>{static_cast<const T*>(l.a.k) + offset,
                             l.a.k_min ? static_cast<const T*>(l.a.k_min) + offset : nullptr};
-      });
+      };
+      load_tile<S>(s, stage, keys, source, [&](int r) { return offset_of(key, r) == kQuantized; });
+      if constexpr (kHasQuantized) {
+        if (l.a.types.count) load_quantized(key, stage);
+      }
       for (int r = int(threadIdx.x); r < S::kStream; r += kThreads) {
-        s.side[stage][r] = offset_of(key, r) < 0 ? -INFINITY : bias_of(l.a, b, kv, key + r);
+        s.side[stage][r] = offset_of(key, r) == -1 ? -INFINITY : bias_of(l.a, b, kv, key + r);
       }
     }
     gpu::cp_async_commit();
+  }
+
+  // Keys of quantized pages as numbers, sixteen at a time.
+  __device__ __forceinline__ void load_quantized(int key, int stage) const {
+#pragma unroll 1
+    for (int first = 0; first < S::kStream; first += bitpack::kBlock) {
+      if (offset_of(key, first) != kQuantized) continue;
+      const QuantizedPage<S::kD, false> page(l.a, b, kv, entry_of(l.a, b, kv, key + first));
+      page.block(l.a.table.slot_in_page(key + first), kThreads, [&](int t, int d, float x) {
+        T* chunk = reinterpret_cast<T*>(s.chunk(stage, first + t, d / S::kVec));
+        chunk[d % S::kVec] = from_float<T>(x);
+      });
+    }
   }
 
   __device__ __forceinline__ void run() {

@@ -110,15 +110,15 @@ __device__ __forceinline__ uint4 gather_chunk(const RowSource<T>& row, const Row
 }
 
 // One tile of streaming rows, or a piece of the still ones, into a stage; `source(r)` is row r of it, null if there is
-// none: zeros.
-template <class S, class F>
-__device__ __forceinline__ void load_tile(Smem<S>& s, int stage, const RowFormat& f, F source) {
+// none: zeros. Rows of which `skipped(r)` are left to others.
+template <class S, class F, class G>
+__device__ __forceinline__ void load_tile(Smem<S>& s, int stage, const RowFormat& f, F source, G skipped) {
   using T = typename S::T;
   const int chunks = f.n / S::kVec;
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < S::kStream * S::kPitch; i += kThreads) {  // pitches divide by shifts
     const int r = i / S::kPitch, c = i % S::kPitch;
-    if (c >= S::kChunks) continue;
+    if (c >= S::kChunks || skipped(r)) continue;
     const RowSource<T> row = source(r);
     uint4* target = s.chunk(stage, r, c);
     if (f.whole && !f.split_signs) {
@@ -131,6 +131,11 @@ __device__ __forceinline__ void load_tile(Smem<S>& s, int stage, const RowFormat
       *target = gather_chunk(row, f, c);
     }
   }
+}
+
+template <class S, class F>
+__device__ __forceinline__ void load_tile(Smem<S>& s, int stage, const RowFormat& f, F source) {
+  load_tile<S>(s, stage, f, source, [](int) { return false; });
 }
 
 template <class S>

@@ -1,6 +1,8 @@
 // The emulator's side of namespace gpu: every wrapper of cuda/arch under the same name and signature, plus the source
 // location of the caller. What each one means is written beside its PTX twin; what it checks, beside its body in emu/.
 #pragma once
+#include <array>
+#include <bit>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
@@ -74,6 +76,21 @@ inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;
 }
+inline int opaque(int x) { return x; }
+inline uint32_t pack_f16x2(float low, float high) {
+  const tokencomp::f16 pair[2] = {tokencomp::from_float<tokencomp::f16>(low),
+                                  tokencomp::from_float<tokencomp::f16>(high)};
+  return std::bit_cast<uint32_t>(pair);
+}
+// Products are exact in fp32, sums in double; a sum of more than 24 bits is rounded twice here.
+inline uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  using Pair = std::array<tokencomp::f16, 2>;
+  const Pair x = std::bit_cast<Pair>(a), y = std::bit_cast<Pair>(b), z = std::bit_cast<Pair>(c);
+  float sum[2];
+  for (int i = 0; i < 2; i++) sum[i] = float(double(to_float(x[i])) * to_float(y[i]) + to_float(z[i]));
+  return pack_f16x2(sum[0], sum[1]);
+}
+inline uint32_t mul_f16x2(uint32_t a, uint32_t b) { return fma_f16x2(a, b, 0x80008000u); }
 
 // ---- asynchronous copies
 inline void cp_async16(void* dst, const void* src, bool valid = true, EMU_LOC) {
@@ -110,6 +127,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, EMU_LOC) { emu::ldmat
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, EMU_LOC) { emu::ldmatrix_x4(r, row, true, loc); }
 inline void stmatrix_x4(void* row, const uint32_t (&r)[4], EMU_LOC) { emu::stmatrix_x4(row, r, false, loc); }
 inline void stmatrix_x4_trans(void* row, const uint32_t (&r)[4], EMU_LOC) { emu::stmatrix_x4(row, r, true, loc); }
+inline uint32_t movmatrix_trans(uint32_t a, EMU_LOC) { return emu::movmatrix_trans(a, loc); }
 template <class T>
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_LOC) {
   emu::mma_m16n8k16(detail::half_type<T>(), d, a, b, loc);
@@ -117,10 +135,33 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 inline void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMU_LOC) {
   emu::mma_m16n8k32_s8(d, a, b, loc);
 }
+template <class T>
+inline uint32_t pack_halves(float low, float high) {
+  uint16_t bits[2];
+  const T pair[2] = {tokencomp::from_float<T>(low), tokencomp::from_float<T>(high)};
+  std::memcpy(bits, pair, sizeof bits);
+  return uint32_t(bits[1]) << 16 | bits[0];
+}
 inline uint64_t wgmma_descriptor_128b(const void* tile, EMU_LOC) {
   const uint32_t address = emu::shared_address(tile, loc);
   if (address % 1024) emu::fail("wgmma_descriptor_128b: misaligned: the tile must start at a multiple of 1024", loc);
   return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+inline uint64_t wgmma_descriptor_columns(const void* tile, unsigned panel_bytes, EMU_LOC) {
+  if (panel_bytes % 1024 || panel_bytes >> 4 > 0x3fff) {
+    emu::fail("wgmma_descriptor_columns: panels must be a multiple of 1024 bytes apart, and less than 256 KiB", loc);
+  }
+  return (wgmma_descriptor_128b(tile, loc) & ~(uint64_t(0x3fff) << 16)) | uint64_t(panel_bytes >> 4) << 16;
+}
+template <int N>
+inline void warpgroup_give_registers(EMU_LOC) {
+  static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+  emu::require_warpgroup("warpgroup_give_registers", loc);
+}
+template <int N>
+inline void warpgroup_take_registers(EMU_LOC) {
+  static_assert(N >= 24 && N <= 256 && N % 8 == 0);
+  emu::require_warpgroup("warpgroup_take_registers", loc);
 }
 inline void wgmma_fence(EMU_LOC) { emu::wgmma_fence(loc); }
 template <int N>
@@ -137,6 +178,15 @@ inline void wgmma_m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumul
 template <class T>
 inline void wgmma_m64n128k16(float (&d)[64], uint64_t a, uint64_t b, bool accumulate, EMU_LOC) {
   emu::wgmma(detail::half_type<T>(), 128, d, a, b, accumulate, loc);
+}
+
+template <class T>
+inline void wgmma_m64n64k16_fragment(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate, EMU_LOC) {
+  emu::wgmma_fragment(detail::half_type<T>(), 64, d, a, b, accumulate, loc);
+}
+template <class T>
+inline void wgmma_m64n128k16_fragment(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool accumulate, EMU_LOC) {
+  emu::wgmma_fragment(detail::half_type<T>(), 128, d, a, b, accumulate, loc);
 }
 
 // ---- clusters, named barriers, grid barrier

@@ -73,9 +73,12 @@ void bulk_load(void* dst, const void* src, unsigned bytes, uint64_t* barrier, Lo
 enum class Half : uint8_t { f16, bf16 };
 void ldmatrix_x4(uint32_t* r, const void* row, bool transpose, Loc loc);
 void stmatrix_x4(void* row, const uint32_t* r, bool transpose, Loc loc);
+uint32_t movmatrix_trans(uint32_t a, Loc loc);
 void mma_m16n8k16(Half type, float* d, const uint32_t* a, const uint32_t* b, Loc loc);
 void mma_m16n8k32_s8(int32_t* d, const uint32_t* a, const uint32_t* b, Loc loc);
 void wgmma(Half type, int columns, float* d, uint64_t a, uint64_t b, bool accumulate, Loc loc);
+void wgmma_fragment(Half type, int columns, float* d, const uint32_t* a, uint64_t b, bool accumulate, Loc loc);
+void require_warpgroup(const char* op, Loc loc);
 void wgmma_fence(Loc loc);
 void wgmma_commit(Loc loc);
 void wgmma_wait(int pending, Loc loc);

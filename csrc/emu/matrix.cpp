@@ -60,6 +60,22 @@ void store_matrices(void** lanes, uint32_t) {
   }
 }
 
+struct MoveOperand {
+  uint32_t a, d;
+};
+
+void transpose_matrix(void** lanes, uint32_t) {
+  for (int l = 0; l < kWarp; l++) {
+    uint32_t pair = 0;
+    for (int half = 0; half < 2; half++) {
+      const int row = l % 4 * 2 + half, column = l / 4;
+      const uint32_t from = static_cast<MoveOperand*>(lanes[row * 4 + column / 2])->a;
+      pair |= (from >> 16 * (column % 2) & 0xffffu) << 16 * half;
+    }
+    static_cast<MoveOperand*>(lanes[l])->d = pair;
+  }
+}
+
 struct MmaOperand {
   float* d;
   const uint32_t *a, *b;
@@ -156,6 +172,13 @@ void stmatrix_x4(void* row, const uint32_t* r, bool transpose, Loc loc) {
   race::touch(*self, row, 16, race::Kind::write, loc);
   RowOperand mine{static_cast<uint16_t*>(row), const_cast<uint32_t*>(r)};
   warp_collective(kAllLanes, op, &mine, transpose ? store_matrices<true> : store_matrices<false>, loc);
+}
+
+uint32_t movmatrix_trans(uint32_t a, Loc loc) {
+  check_whole_warp("movmatrix_trans", loc);
+  MoveOperand mine{a, 0};
+  warp_collective(kAllLanes, "movmatrix_trans", &mine, transpose_matrix, loc);
+  return mine.d;
 }
 
 void mma_m16n8k16(Half type, float* d, const uint32_t* a, const uint32_t* b, Loc loc) {

@@ -103,8 +103,11 @@ struct WgmmaOp {
   int columns;
   uint64_t a, b;
   bool accumulate;
-  float* d[kWarpgroup];
-  std::vector<float> saved;  // the accumulators as they were at issue; empty if an earlier pending op holds them
+  bool fragment = false;  // a lies in registers, and the columns of b side by side
+  float* d[kWarpgroup] = {};
+  std::vector<float> saved = {};  // the accumulators as they were at issue; empty if an earlier pending op holds them
+  const uint32_t* registers[kWarpgroup] = {};  // of a, and what they held at issue
+  std::vector<uint32_t> issued = {};
 };
 
 struct Warpgroup {

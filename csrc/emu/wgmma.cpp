@@ -42,21 +42,24 @@ void wake(Warpgroup& group) {
   for (int i = 0; i < kWarpgroup; i++) first[i].state = State::ready;
 }
 
-// A K-major tile of 16-bit elements: groups of eight rows `stride` bytes apart, rows of 128 bytes inside a group,
-// 16-byte chunks exchanged by the 128-byte swizzle (address bits 4-6 ^= bits 7-9).
+// A tile of 16-bit elements: groups of eight rows `stride` bytes apart, rows of 64 elements = 128 bytes inside a group,
+// panels of 64 elements `leading` bytes apart, 16-byte chunks exchanged by the 128-byte swizzle (address bits 4-6 ^=
+// bits 7-9). K-major tiles have k along a row and a single panel; others have k down the rows.
 struct Descriptor {
-  uint32_t start, stride;
+  uint32_t start, leading, stride;
   unsigned swizzle;
 
   explicit Descriptor(uint64_t bits)
       : start(uint32_t(bits & 0x3fff) << 4),
+        leading(uint32_t(bits >> 16 & 0x3fff) << 4),
         stride(uint32_t(bits >> 32 & 0x3fff) << 4),
         swizzle(unsigned(bits >> 62)) {}
 
-  // Where elements (row, k .. k + 7) lie; k is a multiple of 8, so that they are one 16-byte chunk.
-  const char* chunk(int row, int k, Loc loc) const {
+  // Where elements (row, i .. i + 7) lie; i is a multiple of 8, so that they are one 16-byte chunk.
+  const char* chunk(int row, int i, Loc loc) const {
     if (swizzle != 1) fail("wgmma: only descriptors with the 128-byte swizzle are supported", loc);
-    uint32_t address = start + uint32_t(row / 8) * stride + uint32_t(row % 8) * 128 + uint32_t(k) * 2;
+    uint32_t address = start + uint32_t(row / 8) * stride + uint32_t(row % 8) * 128 + uint32_t(i % 64) * 2;
+    address += uint32_t(i / 64) * leading;
     address ^= (address >> 7 & 7) << 4;
     const Block& b = *self->block;
     const size_t offset = address - 1024;
@@ -67,27 +70,54 @@ struct Descriptor {
   }
 };
 
+// f(chunk, row, i) for each 16-byte chunk of `rows` rows of `width` elements.
+template <class F>
+void for_chunks(const Descriptor& tile, int first, int rows, int width, Loc loc, F&& f) {
+  for (int row = first; row < first + rows; row++) {
+    for (int i = 0; i < width; i += 8) f(tile.chunk(row, i, loc), row, i);
+  }
+}
+
 // Each warp reads its own 16 rows of A and all of B, through the asynchronous proxy.
 void touch_operands(const WgmmaOp& op, Loc loc) {
   if (!race::enabled) return;
   const Thread* first = self->block->threads + self->rank / kWarpgroup * kWarpgroup;
   const Descriptor a(op.a), b(op.b);
   for (int w = 0; w < 4; w++) {
-    for (int k = 0; k < kDepth; k += 8) {
-      for (int r = 0; r < kRows / 4; r++)
-        race::touch(first[w * kWarp], a.chunk(w * 16 + r, k, loc), 16, Kind::async_read, loc);
-      for (int r = 0; r < op.columns; r++) race::touch(first[w * kWarp], b.chunk(r, k, loc), 16, Kind::async_read, loc);
-    }
+    const auto touch = [&](const char* p, int, int) { race::touch(first[w * kWarp], p, 16, Kind::async_read, loc); };
+    if (!op.fragment) for_chunks(a, w * 16, kRows / 4, kDepth, loc, touch);
+    if (op.fragment)
+      for_chunks(b, 0, kDepth, op.columns, loc, touch);
+    else
+      for_chunks(b, 0, op.columns, kDepth, loc, touch);
   }
 }
 
+// `side_by_side`: the tile's rows are k, and what it holds along them goes to rows of `out`.
 template <Half type>
-void read_tile(const Descriptor& tile, int rows, float (*out)[kDepth], Loc loc) {
-  for (int row = 0; row < rows; row++) {
-    for (int k = 0; k < kDepth; k += 8) {
-      uint16_t bits[8];
-      std::memcpy(bits, tile.chunk(row, k, loc), 16);
-      for (int i = 0; i < 8; i++) out[row][k + i] = widen<type>(bits[i]);
+void read_tile(const Descriptor& tile, int rows, bool side_by_side, float (*out)[kDepth], Loc loc) {
+  const auto read = [&](const char* p, int row, int i) {
+    uint16_t bits[8];
+    std::memcpy(bits, p, 16);
+    for (int e = 0; e < 8; e++) (side_by_side ? out[i + e][row] : out[row][i + e]) = widen<type>(bits[e]);
+  };
+  if (side_by_side)
+    for_chunks(tile, 0, kDepth, rows, loc, read);
+  else
+    for_chunks(tile, 0, rows, kDepth, loc, read);
+}
+
+// As mma.m16n8k16 has it, each warp for its own 16 rows.
+template <Half type>
+void read_fragments(const WgmmaOp& op, float (*out)[kDepth], Loc loc) {
+  for (int t = 0; t < kWarpgroup; t++) {
+    for (int i = 0; i < 4; i++) {
+      const uint32_t pair = op.registers[t][i];
+      if (pair != op.issued[size_t(t) * 4 + size_t(i)])
+        fail("wgmma: a register of the operand a changed before wgmma_wait", loc);
+      const int row = t / kWarp * 16 + t % kWarp / 4 + i % 2 * 8, k = t % 4 * 2 + i / 2 * 8;
+      out[row][k] = widen<type>(uint16_t(pair));
+      out[row][k + 1] = widen<type>(uint16_t(pair >> 16));
     }
   }
 }
@@ -95,8 +125,11 @@ void read_tile(const Descriptor& tile, int rows, float (*out)[kDepth], Loc loc) 
 template <Half type>
 void execute(const WgmmaOp& op, Loc loc) {
   static thread_local float a[kRows][kDepth], b[256][kDepth];
-  read_tile<type>(Descriptor(op.a), kRows, a, loc);
-  read_tile<type>(Descriptor(op.b), op.columns, b, loc);
+  if (op.fragment)
+    read_fragments<type>(op, a, loc);
+  else
+    read_tile<type>(Descriptor(op.a), kRows, false, a, loc);
+  read_tile<type>(Descriptor(op.b), op.columns, op.fragment, b, loc);
   const int values = op.columns / 2;  // accumulators of a thread
   for (int t = 0; t < kWarpgroup; t++) {
     if (!op.saved.empty()) std::memcpy(op.d[t], &op.saved[size_t(t) * size_t(values)], size_t(values) * sizeof(float));
@@ -128,29 +161,48 @@ void save_and_poison(WgmmaOp& op) {
   }
 }
 
-}  // namespace
+struct Operand {
+  float* d;
+  uint64_t a;
+  const uint32_t* registers;  // of a; null: it lies in shared memory
+  uint64_t b;
+  bool accumulate;
+};
 
-void wgmma(Half type, int columns, float* d, uint64_t a, uint64_t b, bool accumulate, Loc loc) {
+// The thread that comes last records the product for all.
+void record(WgmmaOp op, Operand mine, Loc loc) {
   Warpgroup& group = my_warpgroup("wgmma", loc);
-  struct Operand {
-    float* d;
-    uint64_t a, b;
-    bool accumulate;
-  } mine{d, a, b, accumulate};
   if (!meet(group, "wgmma", &mine, loc)) return;
   if (!group.fenced) fail("wgmma: without wgmma_fence after the accumulators were last touched", loc);
-  WgmmaOp op{type, columns, a, b, accumulate, {}, {}};
   for (int t = 0; t < kWarpgroup; t++) {
     const auto& x = *static_cast<Operand*>(group.operand[t]);
-    if (x.a != a || x.b != b || x.accumulate != accumulate)
+    if (x.a != op.a || x.b != op.b || x.accumulate != op.accumulate)
       fail("wgmma: the threads of a warpgroup disagree on operands", loc);
     op.d[t] = x.d;
+    op.registers[t] = x.registers;
+    if (op.fragment) op.issued.insert(op.issued.end(), x.registers, x.registers + 4);
   }
   touch_operands(op, loc);
   if (!pending_on(group, op.d[0])) save_and_poison(op);
   if (group.groups.empty()) group.groups.emplace_back();
   group.groups.back().push_back(std::move(op));
   wake(group);
+}
+
+}  // namespace
+
+void wgmma(Half type, int columns, float* d, uint64_t a, uint64_t b, bool accumulate, Loc loc) {
+  record({type, columns, a, b, accumulate}, {d, a, nullptr, b, accumulate}, loc);
+}
+
+void wgmma_fragment(Half type, int columns, float* d, const uint32_t* a, uint64_t b, bool accumulate, Loc loc) {
+  record({type, columns, 0, b, accumulate, true}, {d, 0, a, b, accumulate}, loc);
+}
+
+// What all threads of a warpgroup do together and has no effect here.
+void require_warpgroup(const char* op, Loc loc) {
+  Warpgroup& group = my_warpgroup(op, loc);
+  if (meet(group, op, nullptr, loc)) wake(group);
 }
 
 void wgmma_fence(Loc loc) {

@@ -7,6 +7,7 @@
 
 #include "core/attention.h"
 #include "op/check.h"
+#include "op/page_types.h"
 
 namespace tokencomp::attention {
 
@@ -19,19 +20,8 @@ struct Sight {
   MaybeTensor q_position, lengths, starts;
   bool causal;
   std::optional<int64_t> window;
+  MaybeTensor q_starts = {}, q_counts = {};
 };
-
-inline int in_int(const char* op, const char* argument, int64_t value, int64_t low, int64_t high) {
-  STD_TORCH_CHECK(value >= low && value <= high, op, ": ", argument, " must be in [", low, ", ", high, "], got ",
-                  value);
-  return int(value);
-}
-
-inline void check_last_contiguous(const char* op, const char* argument, const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) == 1, op, ": ", argument,
-                  " must be contiguous in its last dimension, got stride ", t.stride(last));
-}
 
 inline void set_dense_keys(const char* op, Attention& a, const Tensor& q, const Tensor& k) {
   STD_TORCH_CHECK(k.size(0) == q.size(0) && k.size(3) == q.size(3), op, ": k must have shape [B=", q.size(0),
@@ -59,7 +49,8 @@ inline void set_paged_keys(const char* op, Attention& a, const Tensor& q, const 
   a.g.S = in_int(op, "S", P * places, 0, kMaxTokens);
   a.pages.page_stride = k.stride(0), a.pages.slot_stride = k.stride(2);
   a.pages.head_stride = k.size(1) == 1 ? 0 : k.stride(1);
-  a.table.entry = static_cast<const int*>(table.const_data_ptr());
+  static const int32_t nothing = kNoPage;  // a table without places has no address, but is a table
+  a.table.entry = table.numel() ? static_cast<const int*>(table.const_data_ptr()) : &nothing;
   a.table.stride_b = table.stride(0), a.table.stride_h = table.stride(1);
   a.table.places = int(places);
   while (P > a.table.page_size()) ++a.table.shift;
@@ -105,6 +96,27 @@ inline void add_bias(const char* op, Attention& a, const Tensor& q, const MaybeT
   a.bias_stride_h = heads == 1 ? 0 : a.g.S;
 }
 
+// Keys of each sequence, or of each (sequence, kv head).
+inline void add_lengths(const char* op, Attention& a, const Tensor& q, const MaybeTensor& lengths, bool per_head) {
+  Geometry& g = a.g;
+  per_head = per_head && lengths && lengths->dim() == 2;
+  g.lengths = per_head ? side_array<int>(op, "lengths", lengths, q, ScalarType::Int, {g.B, g.Hkv})
+                       : side_array<int>(op, "lengths", lengths, q, ScalarType::Int, {g.B});
+  g.lengths_b = per_head ? g.Hkv : 1;
+  g.lengths_h = per_head ? 1 : 0;
+}
+
+// Pools beside the working one; `Dv` of the values.
+inline void add_page_types(const char* op, Attention& a, const Tensor& q, const PageTypeOptions& types, int64_t Dv,
+                           bool mma16) {
+  const bool any = types.pools && !types.pools->empty();
+  STD_TORCH_CHECK(!any || a.table.entry, op, ": pools must be None unless block_table is given, got ",
+                  any ? types.pools->size() : 0);
+  STD_TORCH_CHECK(!any || page_blob::page_tokens_allowed(a.table.page_size()), op,
+                  ": page size P must be 16, 32 or 64 beside quantized pools, got ", a.table.page_size());
+  a.types = make_page_types(op, q, types, {a.g.B, a.g.Hkv, a.table.page_size(), a.g.D, Dv, mma16});
+}
+
 inline void add_sight(const char* op, Attention& a, const Tensor& q, const Sight& sight) {
   Geometry& g = a.g;
   if (sight.q_position) {
@@ -112,8 +124,12 @@ inline void add_sight(const char* op, Attention& a, const Tensor& q, const Sight
     g.q_position = side_array<int>(op, "q_position", sight.q_position, q, ScalarType::Int, {batch, g.T});
     g.position_stride = batch == 1 ? 0 : g.T;
   }
-  g.lengths = side_array<int>(op, "lengths", sight.lengths, q, ScalarType::Int, {g.B});
-  g.lengths_b = 1;
+  STD_TORCH_CHECK(!sight.q_position || (!sight.q_starts && !sight.q_counts), op,
+                  ": q_starts and q_counts must be None where q_position is given, got a tensor");
+  g.q_starts = side_array<int>(op, "q_starts", sight.q_starts, q, ScalarType::Int, {g.B});
+  g.q_counts = side_array<int>(op, "q_counts", sight.q_counts, q, ScalarType::Int, {g.B});
+  g.at_end = a.table.entry || sight.q_starts || sight.q_counts;
+  add_lengths(op, a, q, sight.lengths, a.table.entry);
   g.starts = side_array<int>(op, "starts", sight.starts, q, ScalarType::Int, {g.B});
   g.causal = sight.causal;
   if (sight.window) {

@@ -59,6 +59,18 @@ inline DType dtype_of(const char* op, const char* argument, const Tensor& t) {
   }
 }
 
+inline int in_int(const char* op, const char* argument, int64_t value, int64_t low, int64_t high) {
+  STD_TORCH_CHECK(value >= low && value <= high, op, ": ", argument, " must be in [", low, ", ", high, "], got ",
+                  value);
+  return int(value);
+}
+
+inline void check_last_contiguous(const char* op, const char* argument, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1, op, ": ", argument,
+                  " must be contiguous in its last dimension, got stride ", t.stride(last));
+}
+
 // A side array: same device as `x` (which the operator may call otherwise), exact dtype and shape, contiguous. Null
 // where absent.
 template <class T>

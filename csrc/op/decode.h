@@ -9,21 +9,23 @@
 
 #include "core/decode.h"
 #include "op/check.h"
+#include "op/page_types.h"
+#include "op/pages.h"
 
 namespace tokencomp::decode {
 
 constexpr const char* kSchemas[] = {
-    "paged_decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor lengths, *, float scale, "
-    "Tensor? "
-    "index=None, Tensor? index_count=None, Tensor? key_bias=None, Tensor? position=None, Tensor? q_position=None, int? "
-    "window=None, float? softcap=None, Tensor? sinks=None, bool causal=True, bool logits_out=False) -> (Tensor out, "
-    "Tensor lse, Tensor logits)",
+    "paged_decode(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? block_table, Tensor lengths, *, float scale, "
+    "Tensor? index=None, Tensor? index_count=None, Tensor? key_bias=None, Tensor? position=None, Tensor? "
+    "q_position=None, int? "
+    "window=None, float? softcap=None, Tensor? sinks=None, bool causal=True, bool "
+    "logits_out=False, " TOKENCOMP_PAGE_TYPES_SCHEMA ") -> (Tensor out, Tensor lse, Tensor logits)",
     "merge_states(Tensor out, Tensor lse) -> (Tensor out, Tensor lse)",
 };
 
 using MaybeTensor = std::optional<Tensor>;
 
-constexpr int64_t kMaxBatch = 65535, kMaxHeads = 1024, kMaxSlots = 1 << 28;
+constexpr int64_t kMaxBatch = 65535, kMaxHeads = 1024;
 
 // What may be left out of a decode step.
 struct Options {
@@ -31,57 +33,46 @@ struct Options {
   std::optional<int64_t> window;
   std::optional<double> softcap;
   bool causal, logits_out;
+  PageTypeOptions types;
 };
-
-inline int in_int(const char* op, const char* argument, int64_t value, int64_t low, int64_t high) {
-  STD_TORCH_CHECK(value >= low && value <= high, op, ": ", argument, " must be in [", low, ", ", high, "], got ",
-                  value);
-  return int(value);
-}
-
-inline void check_last_contiguous(const char* op, const char* argument, const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1, op, ": ", argument,
-                  " must be contiguous in its last dimension, got stride ", t.stride(last));
-}
 
 inline void check_device(const char* op, const char* argument, const Tensor& t, const Tensor& q) {
   STD_TORCH_CHECK(same_device(t, q), op, ": ", argument, " must be on the device of q, got another device");
 }
 
-inline void check_int32(const char* op, const char* argument, const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int, op, ": ", argument, " must be Int, got ",
-                  torch::headeronly::toString(t.scalar_type()));
+// Keys and values, of pages or dense: as many of both.
+inline void check_stores(const char* op, const DecodeArgs& a, const Tensor& q, const Tensor& k, const Tensor& v) {
+  for (const auto& [name, t] : {std::pair{"k_pages", &k}, std::pair{"v_pages", &v}}) {
+    STD_TORCH_CHECK(t->dim() == 4, op, ": ", name, " must have shape ", a.dense ? "[B, Hkv, S, D]" : "[N, Hx, P, D]",
+                    ", got ", shape_of(*t));
+    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), op, ": ", name, " must have the dtype of q, ",
+                    torch::headeronly::toString(q.scalar_type()), ", got ",
+                    torch::headeronly::toString(t->scalar_type()));
+    check_device(op, name, *t, q);
+    check_last_contiguous(op, name, *t);
+  }
+  STD_TORCH_CHECK(k.size(3) == a.D, op, ": k_pages must have D=", a.D, " channels, as q, got ", k.size(3));
+  STD_TORCH_CHECK(has_shape(v, {k.size(0), k.size(1), k.size(2), v.size(3)}), op, ": v_pages must have the shape of ",
+                  "k_pages but for its channels, ", shape_of(k), ", got ", shape_of(v));
 }
 
-inline Pages make_pages(const char* op, const char* argument, const Tensor& t, const Tensor& q) {
-  STD_TORCH_CHECK(t.dim() == 4, op, ": ", argument, " must have shape [N, Hx, P, D], got ", shape_of(t));
-  STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(), op, ": ", argument, " must have the dtype of q, ",
-                  torch::headeronly::toString(q.scalar_type()), ", got ", torch::headeronly::toString(t.scalar_type()));
-  check_device(op, argument, t, q);
-  check_last_contiguous(op, argument, t);
-  const int64_t head_stride = t.size(1) == 1 ? 0 : t.stride(1);
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), head_stride, t.stride(2), int(t.size(3))};
+// Without a table every sequence is one page that holds all of its heads and slots.
+inline void set_dense(const char* op, DecodeArgs& a, const Tensor& k, const Tensor& v) {
+  STD_TORCH_CHECK(k.size(0) == a.B && k.size(1) == a.Hkv, op, ": k_pages must have shape [B=", a.B, ", Hkv=", a.Hkv,
+                  ", S, D=", a.D, "] without block_table, got ", shape_of(k));
+  a.capacity = in_int(op, "slots S", k.size(2), 0, kMaxSlots);
+  while (a.table.page_size() < a.capacity) ++a.table.shift;
+  for (const auto& [pages, t] : {std::pair{&a.k, &k}, std::pair{&a.v, &v}}) {
+    *pages = {const_cast<void*>(t->const_data_ptr()), t->stride(0), t->stride(1), t->stride(2), int(t->size(3))};
+  }
 }
 
-inline PageTable make_table(const char* op, const DecodeArgs& a, const Tensor& k_pages, const Tensor& block_table,
-                            const Tensor& q) {
-  PageTable table{};
-  check_device(op, "block_table", block_table, q);
-  check_int32(op, "block_table", block_table);
-  STD_TORCH_CHECK(block_table.dim() == 3 && block_table.size(0) == a.B && block_table.size(1) == a.Hkv, op,
-                  ": block_table must have shape [B=", a.B, ", Hkv=", a.Hkv, ", max_pages], got ",
-                  shape_of(block_table));
-  check_last_contiguous(op, "block_table", block_table);
-  const int64_t size = k_pages.size(2);
-  STD_TORCH_CHECK(size == 16 || size == 32 || size == 64, op, ": page size P must be 16, 32 or 64, got ", size);
-  table.entry = static_cast<const int32_t*>(block_table.const_data_ptr());
-  table.stride_b = block_table.stride(0), table.stride_h = block_table.stride(1);
-  table.places = in_int(op, "max_pages", block_table.size(2), 0, kMaxSlots / size);
-  table.shift = size == 16 ? 4 : size == 32 ? 5 : 6;
-  const int64_t heads = k_pages.size(1);
-  STD_TORCH_CHECK(heads == 1 || heads == a.Hkv, op, ": heads of a page Hx must be 1 or Hkv=", a.Hkv, ", got ", heads);
-  return table;
+inline void set_pages(const char* op, DecodeArgs& a, const Tensor& k, const Tensor& v, const Tensor& block_table,
+                      const Tensor& lengths) {
+  a.k = pages_of(op, "k_pages", k, a.Hkv);
+  a.v = pages_of(op, "v_pages", v, a.Hkv);
+  a.table = table_of(op, "block_table", block_table, lengths, k.size(2));
+  a.capacity = a.table.places << a.table.shift;
 }
 
 // An array by slot, [B, 1 or Hkv, S], last dimension contiguous.
@@ -125,7 +116,8 @@ inline void add_options(const char* op, DecodeArgs& a, const Tensor& q, const Op
 }
 
 inline DecodeArgs make_decode_args(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
-                                   const Tensor& block_table, const Tensor& lengths, double scale, const Options& o) {
+                                   const MaybeTensor& block_table, const Tensor& lengths, double scale,
+                                   const Options& o, bool mma16) {
   constexpr const char* op = "paged_decode";
   STD_TORCH_CHECK(q.dim() == 4, op, ": q must have shape [B, Hq, T, D], got ", shape_of(q));
   DecodeArgs a{};
@@ -139,17 +131,15 @@ inline DecodeArgs make_decode_args(const Tensor& q, const Tensor& k_pages, const
   a.Hkv = in_int(op, "Hkv", lengths.size(1), 1, kMaxHeads);
   STD_TORCH_CHECK(a.Hq % a.Hkv == 0, op, ": Hq must be a multiple of Hkv=", a.Hkv, ", got ", a.Hq);
   a.lengths = side_array<int>(op, "lengths", lengths, q, ScalarType::Int, {a.B, a.Hkv}, "q");
-  a.k = make_pages(op, "k_pages", k_pages, q);
-  a.v = make_pages(op, "v_pages", v_pages, q);
-  STD_TORCH_CHECK(k_pages.size(3) == a.D, op, ": k_pages must have shape [N, Hx, P, D=", a.D, "], got ",
-                  shape_of(k_pages));
-  STD_TORCH_CHECK(has_shape(v_pages, {k_pages.size(0), k_pages.size(1), k_pages.size(2), v_pages.size(3)}), op,
-                  ": v_pages must have as many pages, heads and slots as k_pages, ", shape_of(k_pages), ", got ",
-                  shape_of(v_pages));
+  a.dense = !block_table;
+  check_stores(op, a, q, k_pages, v_pages);
   a.Dv = in_int(op, "head dimension Dv", v_pages.size(3), 1, kMaxHeadDim);
-  a.table = make_table(op, a, k_pages, block_table, q);
   a.pages = in_int(op, "number of pages N", k_pages.size(0), 0, (1 << kPageNumberBits) - 1);
-  a.slots = capacity_of(a);
+  a.dense ? set_dense(op, a, k_pages, v_pages) : set_pages(op, a, k_pages, v_pages, *block_table, lengths);
+  STD_TORCH_CHECK(!a.dense || !o.types.pools || o.types.pools->empty(), op,
+                  ": pools must be None without block_table, got ", o.types.pools ? o.types.pools->size() : 0);
+  a.types = make_page_types(op, q, o.types, {a.B, a.Hkv, k_pages.size(2), a.D, a.Dv, mma16});
+  a.slots = a.capacity;
   STD_TORCH_CHECK(std::isfinite(scale) && scale > 0, op, ": scale must be finite and > 0, got ", scale);
   a.scale = float(scale);
   a.q = q.const_data_ptr();
@@ -162,7 +152,7 @@ inline DecodeArgs make_decode_args(const Tensor& q, const Tensor& k_pages, const
 inline std::tuple<Tensor, Tensor, Tensor> make_decode_outputs(DecodeArgs& a, const Tensor& q, bool logits_out) {
   Tensor out = torch::stable::new_empty(q, {a.B, a.Hq, a.T, a.Dv});
   Tensor lse = torch::stable::new_empty(q, {a.B, a.Hq, a.T}, ScalarType::Float);
-  const int64_t wide = logits_out ? capacity_of(a) : 0;
+  const int64_t wide = logits_out ? a.capacity : 0;
   Tensor logits = torch::stable::new_empty(q, {a.B, a.Hq, a.T, wide}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
   a.lse = static_cast<float*>(lse.mutable_data_ptr());

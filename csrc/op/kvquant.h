@@ -23,6 +23,9 @@ constexpr const char* kSchemas[] = {
     "kv_page_write_(Tensor(a!) pool, Tensor k, Tensor v, Tensor sequence, Tensor index, Tensor pages, *, str tier_k, "
     "str axis_k, int group_k, str tier_v, str axis_v, int group_v, str layout='linear', Tensor? k_scale=None, Tensor? "
     "k_bias=None, Tensor? v_scale=None, Tensor? v_bias=None) -> ()",
+    "kv_retier_(Tensor(a!) pool, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor sequence, Tensor slots, "
+    "Tensor pages, *, str tier_k, str axis_k, int group_k, str tier_v, str axis_v, int group_v, str layout='linear', "
+    "Tensor? k_scale=None, Tensor? k_bias=None, Tensor? v_scale=None, Tensor? v_bias=None) -> ()",
     "kv_page_read(Tensor pool, Tensor pages, int tokens, int D, *, str tier_k, str axis_k, int group_k, str tier_v, "
     "str axis_v, int group_v, str layout='linear', Tensor? sequence=None, Tensor? k_scale=None, Tensor? k_bias=None, "
     "Tensor? v_scale=None, Tensor? v_bias=None, ScalarType dtype) -> (Tensor k, Tensor v)",

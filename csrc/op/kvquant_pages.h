@@ -1,7 +1,8 @@
-// Quantized pages at the torch boundary: the arguments of kv_page_write_ and kv_page_read, checked.
+// Quantized pages at the torch boundary: the arguments of kv_page_write_, kv_retier_ and kv_page_read, checked.
 #pragma once
 
 #include "op/kvquant.h"
+#include "op/pages.h"
 
 namespace tokencomp::kvquant {
 
@@ -71,6 +72,21 @@ inline void add_pages(const char* op, PageArgs& a, const PageNames& n, const Ten
   place_in_pool(a.v, pool, pages, at.v_codes, at.v_params, op);
 }
 
+// Which tokens of which sequence go to which page; `x` is where they come from.
+inline void add_lists(const char* op, PageArgs& a, const PageNames& names, const Tensor& pool, const Tensor& x,
+                      const char* x_name, const Tensor& sequence, const char* index_name, const Tensor& index,
+                      const Tensor& pages) {
+  STD_TORCH_CHECK(index.dim() == 2, op, ": ", index_name, " must have shape [n, tokens of a page], got ",
+                  shape_of(index));
+  a.k.tokens = a.v.tokens = in_range(op, "tokens of a page", index.size(1), 0, kMaxTokens);
+  add_pages(op, a, names, pool, pages);
+  const int64_t n = a.k.sheets;
+  for (Sheets* s : {&a.k, &a.v}) {
+    s->sequence = side_array<int>(op, "sequence", sequence, x, ScalarType::Int, {n}, x_name);
+    s->index = side_array<int>(op, index_name, index, x, ScalarType::Int, {n, s->tokens}, x_name);
+  }
+}
+
 inline PageArgs make_page_write_args(const Tensor& pool, const Tensor& k, const Tensor& v, const Tensor& sequence,
                                      const Tensor& index, const Tensor& pages, const PageNames& names,
                                      const MaybeTensor& k_scale, const MaybeTensor& k_bias, const MaybeTensor& v_scale,
@@ -82,16 +98,51 @@ inline PageArgs make_page_write_args(const Tensor& pool, const Tensor& k, const 
   STD_TORCH_CHECK(v.scalar_type() == k.scalar_type() && same_device(v, k), op,
                   ": v must have the dtype and device of k, got another");
   STD_TORCH_CHECK(same_device(pool, k), op, ": pool must be on the device of k, got another device");
-  STD_TORCH_CHECK(index.dim() == 2, op, ": index must have shape [n, tokens of a page], got ", shape_of(index));
-  a.k.tokens = a.v.tokens = in_range(op, "tokens of a page", index.size(1), 0, kMaxTokens);
-  add_pages(op, a, names, pool, pages);
-  const int64_t n = a.k.sheets;
-  for (Sheets* s : {&a.k, &a.v}) {
-    s->sequence = side_array<int>(op, "sequence", sequence, k, ScalarType::Int, {n}, "k");
-    s->index = side_array<int>(op, "index", index, k, ScalarType::Int, {n, s->tokens}, "k");
-  }
+  add_lists(op, a, names, pool, k, "k", sequence, "index", index, pages);
   add_maps(op, a.k, k, "k", k_scale, k_bias, k.size(0), k.size(1), "k_scale", "k_bias");
   add_maps(op, a.v, k, "k", v_scale, v_bias, k.size(0), k.size(1), "v_scale", "v_bias");
+  return a;
+}
+
+// Working pages of the rows of `table` as what sheets are read from.
+inline Sheets make_source(const char* op, const char* argument, const Tensor& t, const Tensor& table) {
+  const int64_t B = table.size(0), Hkv = table.size(1);
+  const Pages pages = pages_of(op, argument, t, Hkv);
+  in_range(op, "head dimension D", t.size(3), 1, kMaxHeadDim);
+  Sheets s;
+  s.dtype = dtype_of(op, argument, t);
+  s.x = pages.base;
+  s.stride_b = pages.page_stride, s.stride_h = pages.head_stride, s.stride_s = pages.slot_stride;
+  s.table = table_of(op, "block_table", table, table, t.size(2));
+  s.source_pages = int(t.size(0));
+  s.H = Hkv > 0 ? int(Hkv) : 1, s.S = int(table.size(2) * t.size(2)), s.D = int(t.size(3));
+  s.sequences = int(B * Hkv);
+  s.device = t.get_device_index();
+  return s;
+}
+
+inline PageArgs make_retier_args(const Tensor& pool, const Tensor& k_pages, const Tensor& v_pages,
+                                 const Tensor& block_table, const Tensor& sequence, const Tensor& slots,
+                                 const Tensor& pages, const PageNames& names, const MaybeTensor& k_scale,
+                                 const MaybeTensor& k_bias, const MaybeTensor& v_scale, const MaybeTensor& v_bias) {
+  constexpr const char* op = "kv_retier_";
+  STD_TORCH_CHECK(block_table.dim() == 3, op, ": block_table must have shape [B, Hkv, places], got ",
+                  shape_of(block_table));
+  const int64_t B = block_table.size(0), Hkv = block_table.size(1);
+  STD_TORCH_CHECK(B * Hkv <= kMaxRows, op, ": block_table must have at most ", kMaxRows, " rows, got ", B * Hkv);
+  PageArgs a{make_source(op, "k_pages", k_pages, block_table), make_source(op, "v_pages", v_pages, block_table)};
+  STD_TORCH_CHECK(has_shape(v_pages, {k_pages.size(0), k_pages.size(1), k_pages.size(2), k_pages.size(3)}), op,
+                  ": v_pages must have the shape of k_pages, ", shape_of(k_pages), ", got ", shape_of(v_pages));
+  STD_TORCH_CHECK(v_pages.scalar_type() == k_pages.scalar_type() && same_device(v_pages, k_pages), op,
+                  ": v_pages must have the dtype and device of k_pages, got another");
+  STD_TORCH_CHECK(same_device(block_table, k_pages), op,
+                  ": block_table must be on the device of k_pages, got another device");
+  STD_TORCH_CHECK(same_device(pool, k_pages), op, ": pool must be on the device of k_pages, got another device");
+  add_lists(op, a, names, pool, k_pages, "k_pages", sequence, "slots", slots, pages);
+  STD_TORCH_CHECK(a.k.tokens == k_pages.size(2), op, ": slots must have shape [n, P=", k_pages.size(2), "], got ",
+                  shape_of(slots));
+  add_maps(op, a.k, k_pages, "k_pages", k_scale, k_bias, B, Hkv, "k_scale", "k_bias");
+  add_maps(op, a.v, k_pages, "k_pages", v_scale, v_bias, B, Hkv, "v_scale", "v_bias");
   return a;
 }
 

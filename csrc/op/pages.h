@@ -86,7 +86,7 @@ struct TableCheck {
   int64_t pages;
   int page_size;
 
-  // Row (b, h) must have a page of tier 0 for each of its slots in [begin, end).
+  // Row (b, h) must have a working page for each of its slots in [begin, end).
   void slots(int64_t b, int64_t h, int64_t begin, int64_t end) const {
     if (begin >= end) return;
     STD_TORCH_CHECK(end <= table.size(2) * page_size, op, ": ", argument, " must have places for ", end,
@@ -94,11 +94,11 @@ struct TableCheck {
     const int64_t row = b * table.stride(0) + h * table.stride(1);
     for (int64_t place = begin / page_size; place <= (end - 1) / page_size; ++place) {
       const int32_t entry = table[row + place];
-      if (uint32_t(entry) < uint64_t(pages)) continue;  // tier 0 and a page of the pool
+      if (uint32_t(entry) < uint64_t(pages)) continue;  // type 0 and a page of the pool
       STD_TORCH_CHECK(entry != kNoPage, op, ": ", argument, " must name a page for slot ", place * page_size,
                       " of row (", b, ", ", h, "), got -1");
-      STD_TORCH_CHECK(page_tier(entry) == 0, op, ": ", argument, " must name pages of tier 0, got tier ",
-                      page_tier(entry), " at [", b, ", ", h, ", ", place, "]");
+      STD_TORCH_CHECK(page_type(entry) == 0, op, ": ", argument, " must name working pages, got a page of type ",
+                      page_type(entry), " at [", b, ", ", h, ", ", place, "]");
       STD_TORCH_CHECK(false, op, ": ", argument, " must be in [0, N=", pages, "), got ", page_number(entry), " at [", b,
                       ", ", h, ", ", place, "]");
     }

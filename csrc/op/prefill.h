@@ -14,7 +14,8 @@ constexpr const char* kSchema =
     "flash_prefill(Tensor q, Tensor k, Tensor v, *, float scale, Tensor? indptr=None, Tensor? indices=None, Tensor? "
     "column_ptr=None, Tensor? columns=None, int block_q=64, int block_k=64, Tensor? key_bias=None, Tensor? "
     "q_position=None, Tensor? lengths=None, Tensor? starts=None, bool causal=True, int? window=None, float? "
-    "softcap=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)";
+    "softcap=None, Tensor? sinks=None, Tensor? block_table=None, Tensor? q_starts=None, Tensor? "
+    "q_counts=None, " TOKENCOMP_PAGE_TYPES_SCHEMA ") -> (Tensor out, Tensor lse)";
 
 constexpr const char* kOp = "flash_prefill";
 
@@ -24,18 +25,36 @@ struct Choice {
   int64_t block_q, block_k;
 };
 
-inline void add_values(PrefillArgs& p, const Tensor& q, const Tensor& v) {
+// Where keys and values lie.
+struct Store {
+  MaybeTensor block_table;
+  PageTypeOptions types;
+  bool mma16;  // the layout of quantized pages that this back end reads
+};
+
+inline void add_value_pages(PrefillArgs& p, const Tensor& k, const Tensor& v) {
+  STD_TORCH_CHECK(has_shape(v, {k.size(0), k.size(1), k.size(2), v.size(3)}), kOp,
+                  ": v must have as many pages, heads and slots as k, ", shape_of(k), ", got ", shape_of(v));
+  p.v_pages.page_stride = v.stride(0), p.v_pages.slot_stride = v.stride(2);
+  p.v_pages.head_stride = v.size(1) == 1 ? 0 : v.stride(1);
+}
+
+inline void add_values(PrefillArgs& p, const Tensor& q, const Tensor& k, const Tensor& v) {
   const Geometry& g = p.a.g;
   STD_TORCH_CHECK(v.dim() == 4, kOp, ": v must have shape [B, Hkv, S, Dv], got ", shape_of(v));
   STD_TORCH_CHECK(v.scalar_type() == q.scalar_type(), kOp, ": v must have the dtype of q, ",
                   torch::headeronly::toString(q.scalar_type()), ", got ", torch::headeronly::toString(v.scalar_type()));
   STD_TORCH_CHECK(same_device(q, v), kOp, ": v must be on the device of q, got another device");
-  STD_TORCH_CHECK(v.size(0) == g.B && v.size(1) == g.Hkv && v.size(2) == g.S, kOp, ": v must have shape [B=", g.B,
-                  ", Hkv=", g.Hkv, ", S=", g.S, ", Dv], got ", shape_of(v));
+  if (p.a.table.entry) {
+    add_value_pages(p, k, v);
+  } else {
+    STD_TORCH_CHECK(v.size(0) == g.B && v.size(1) == g.Hkv && v.size(2) == g.S, kOp, ": v must have shape [B=", g.B,
+                    ", Hkv=", g.Hkv, ", S=", g.S, ", Dv], got ", shape_of(v));
+    p.v_stride_b = v.stride(0), p.v_stride_h = v.stride(1), p.v_stride_s = v.stride(2);
+  }
   p.Dv = in_int(kOp, "value dimension Dv", v.size(3), 1, kMaxHeadDim);
   check_last_contiguous(kOp, "v", v);
   p.v = v.const_data_ptr();
-  p.v_stride_b = v.stride(0), p.v_stride_h = v.stride(1), p.v_stride_s = v.stride(2);
 }
 
 inline Lists make_lists(const PrefillArgs& p, const Tensor& q, const char* pointer_name, const MaybeTensor& pointer,
@@ -61,12 +80,13 @@ inline Lists make_lists(const PrefillArgs& p, const Tensor& q, const char* point
 
 inline PrefillArgs make_prefill_args(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                                      const Choice& choice, const MaybeTensor& key_bias, const Sight& sight,
-                                     std::optional<double> softcap, const MaybeTensor& sinks) {
+                                     std::optional<double> softcap, const MaybeTensor& sinks, const Store& store) {
   PrefillArgs p{};
-  p.a = make_attention(kOp, q, k, scale, softcap);
+  p.a = make_attention(kOp, q, k, scale, softcap, store.block_table);
   add_bias(kOp, p.a, q, key_bias);
   add_sight(kOp, p.a, q, sight);
-  add_values(p, q, v);
+  add_values(p, q, k, v);
+  add_page_types(kOp, p.a, q, store.types, p.Dv, store.mma16);
   for (const auto& [name, size] : {std::pair{"block_q", choice.block_q}, std::pair{"block_k", choice.block_k}}) {
     STD_TORCH_CHECK(size == 64 || size == 128, kOp, ": ", name, " must be 64 or 128, got ", size);
   }

@@ -21,7 +21,8 @@ constexpr const char* kSchemas[] = {
     "attention_lse(Tensor q, Tensor k, *, float scale, Tensor? key_bias=None, Tensor? q_position=None, Tensor? "
     "lengths=None, Tensor? starts=None, bool causal=True, int? window=None, float? softcap=None) -> Tensor",
     "qk_scores(Tensor q, Tensor k, *, float scale, Tensor? block_table=None, Tensor? k_min=None, Tensor? "
-    "key_bias=None, Tensor? lengths=None, Tensor? starts=None, float? softcap=None) -> (Tensor scores, Tensor lse)",
+    "key_bias=None, Tensor? lengths=None, Tensor? starts=None, float? softcap=None, " TOKENCOMP_PAGE_TYPES_SCHEMA
+    ") -> (Tensor scores, Tensor lse)",
     "head_vote(Tensor scores, Tensor? lse=None, *, str mode='softmax_sum', int groups=1) -> Tensor",
     "decay_score_(Tensor(a!) score, Tensor logits, Tensor? lse=None, *, float gamma=1.0, Tensor? lengths=None, str "
     "heads='kv_sum', int power=1, Tensor(b!)? count=None, Tensor(c!)? last=None, Tensor(d!)? interval=None, int "
@@ -100,19 +101,18 @@ inline void add_minima(const char* op, Attention& a, const Tensor& k, const Mayb
 
 inline LseArgs make_qk_args(const Tensor& q, const Tensor& k, double scale, const MaybeTensor& block_table,
                             const MaybeTensor& k_min, const MaybeTensor& key_bias, const MaybeTensor& lengths,
-                            const MaybeTensor& starts, std::optional<double> softcap) {
+                            const MaybeTensor& starts, std::optional<double> softcap, const PageTypeOptions& types,
+                            bool mma16) {
   constexpr const char* op = "qk_scores";
   STD_TORCH_CHECK(q.dim() == 3, op, ": q must have shape [B, Hq, D], got ", shape_of(q));
   LseArgs l{};
   l.a = make_attention(op, torch::stable::unsqueeze(q, 2), k, scale, softcap, block_table);
   add_bias(op, l.a, q, key_bias);
   add_sight(op, l.a, q, {{}, {}, starts, false, {}});
-  Geometry& g = l.a.g;
-  const bool per_head = lengths && lengths->dim() == 2;
-  g.lengths = per_head ? side_array<int>(op, "lengths", lengths, q, ScalarType::Int, {g.B, g.Hkv})
-                       : side_array<int>(op, "lengths", lengths, q, ScalarType::Int, {g.B});
-  g.lengths_b = per_head ? g.Hkv : 1;
-  g.lengths_h = per_head ? 1 : 0;
+  add_lengths(op, l.a, q, lengths, true);
+  STD_TORCH_CHECK(!k_min || !types.pools || types.pools->empty(), op,
+                  ": k_min must be None beside quantized pools, got a tensor");
+  add_page_types(op, l.a, q, types, l.a.g.D, mma16);
   add_minima(op, l.a, k, k_min);
   return l;
 }

@@ -1,28 +1,25 @@
 """Attention with torch's signature that also says what each key received.
 
-The output and its log-sum-exps come from ``ops.flash_prefill`` or from torch's own kernels (argument
+The output and its log-sum-exps come from our kernels or from torch's (``attention_kernels``, argument
 ``kernel``, field ``Attention.kernel``), column sums from ``tokencomp.ops``, in O(T + S) memory. What torch's
 kernels do not cover (soft caps, sinks, sums under an arbitrary mask) is computed exactly in blocks of rows:
 O(block * S) memory, never T * S.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tokencomp import ops
+from tokencomp import attention_kernels, ops
+from tokencomp.attention_kernels import Kernel, Rule, key_bias
 from tokencomp.ops.score import Heads
 
 ROW_BLOCK = 128
 HEADS = ("none", "kv_sum", "kv_mean", "kv_max", "mean", "rms")
 NAME = "scaled_dot_product_attention"
-Kernel = Literal["auto", "tokencomp", "torch"]
-KERNELS = ("auto", "tokencomp", "torch")
-FEWEST_ROWS = 32  # with fewer, packing all keys costs more than it saves; measured, see bench/NOTES.md
-WIDEST_HEAD = 256
 
 
 class Attention(NamedTuple):
@@ -35,19 +32,6 @@ class Attention(NamedTuple):
     lse: Tensor | None = None
     columns: Tensor | None = None
     kernel: str = "torch"
-
-
-class _Rule(NamedTuple):
-    """Who sees whom, and how logits are made."""
-
-    scale: float
-    mask: Tensor | None
-    key_mask: Tensor | None
-    causal: bool
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    dropout: float
 
 
 def scaled_dot_product_attention(
@@ -100,9 +84,10 @@ def scaled_dot_product_attention(
         window: sliding window in keys, the row's own included; needs ``is_causal``.
         softcap: ``z = softcap * tanh(z / softcap)`` before masks.
         sinks: ``[Hq]`` logits that take part in the softmax and have no value (gpt-oss).
-        kernel: ``torch``: torch's kernels. ``tokencomp``: ``ops.flash_prefill``, which takes no
-            ``attn_mask``, no dropout and no gradients, float32, float16 or bfloat16, head dimensions up to
-            256. ``auto``: tokencomp on the CPU for 32 rows or more, where it takes the call; else torch.
+        kernel: ``torch``: torch's kernels. ``tokencomp``: ``ops.paged_decode`` for up to 8 rows, else
+            ``ops.flash_prefill``; they take no ``attn_mask`` (but the same for all heads of a single row), no
+            dropout and no gradients, float32, float16 or bfloat16, head dimensions up to 256. ``auto``:
+            tokencomp on the CPU for up to 8 rows and for 32 or more, where it takes the call; else torch.
 
     Returns:
         The output ``[B, Hq, T, Dv]``, or ``Attention`` where log-sum-exps or columns are asked for.
@@ -146,11 +131,12 @@ def attend(
     _check_shapes(q, k, v, enable_gqa, sinks, heads)
     _check_masks(q, k, attn_mask, is_causal, key_mask, query_mask, window)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    rule = _Rule(factor, attn_mask, key_mask, is_causal, window, softcap, sinks, dropout_p)
+    rule = Rule(factor, attn_mask, key_mask, is_causal, window, softcap, sinks, dropout_p)
     columns = return_columns or column_weights is not None
     weights = _row_weights(q, k, column_weights, query_mask, rule) if columns else None
-    if _takes_tokencomp(kernel, q, k, v, rule):
-        return _by_tokencomp(q, k, v, weights, rule, return_lse, columns, heads)
+    if attention_kernels.takes(NAME, kernel, q, k, v, rule):
+        ours = attention_kernels.compute(q, k, v, weights, rule, columns, heads)
+        return Attention(ours.output, ours.lse if return_lse else None, ours.columns, "tokencomp")
 
     if softcap is not None or sinks is not None:
         output, lse, summed = _by_rows(q, k, v, weights, rule, columns)
@@ -166,67 +152,7 @@ def attend(
     return Attention(output, lse if return_lse else None, reduced)
 
 
-def _takes_tokencomp(kernel: str, q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> bool:
-    """Whether ``ops.flash_prefill`` computes this call, by the rule that ``kernel`` documents."""
-    if kernel not in KERNELS:
-        raise ValueError(f"{NAME}: kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    if kernel == "torch":
-        return False
-    obstacle = _obstacle(q, k, v, rule)
-    if kernel == "tokencomp" and obstacle:
-        raise ValueError(f"{NAME}: kernel 'tokencomp' takes no {obstacle}; use kernel='torch'")
-    return kernel == "tokencomp" or (not obstacle and q.device.type == "cpu" and q.shape[2] >= FEWEST_ROWS)
-
-
-def _obstacle(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> str:
-    """What of this call ``ops.flash_prefill`` does not take; empty where it takes it."""
-    inputs = [q, k, v] + ([] if rule.sinks is None else [rule.sinks])
-    if rule.mask is not None:
-        return "attn_mask"
-    if rule.dropout:
-        return "dropout"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return "gradients"
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or not q.dtype == k.dtype == v.dtype:
-        return f"dtypes {q.dtype}, {k.dtype}, {v.dtype}"
-    if not (0 < q.shape[-1] <= WIDEST_HEAD and 0 < v.shape[-1] <= WIDEST_HEAD):
-        return f"head dimensions {q.shape[-1]}, {v.shape[-1]}"
-    if any(t.stride(-1) != 1 and t.shape[-1] != 1 for t in (q, k, v)):
-        return "heads that are not contiguous"
-    return ""
-
-
-def _key_bias(rule: _Rule, device: torch.device) -> Tensor | None:
-    if rule.key_mask is None:
-        return None
-    return torch.zeros(rule.key_mask.shape, device=device).masked_fill(~rule.key_mask, -math.inf)
-
-
-def _by_tokencomp(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Tensor | None,
-    rule: _Rule,
-    return_lse: bool,
-    columns: bool,
-    heads: Heads,
-) -> Attention:
-    bias = _key_bias(rule, k.device)
-    output, lse = ops.flash_prefill(
-        q, k, v, scale=rule.scale, key_bias=bias, causal=rule.causal, window=rule.window,
-        softcap=rule.softcap, sinks=rule.sinks,
-    )  # fmt: skip
-    summed = None
-    if columns:
-        summed = ops.column_score(
-            q, k, lse, scale=rule.scale, row_weight=weights, key_bias=bias, causal=rule.causal,
-            window=rule.window, softcap=rule.softcap, heads=heads,
-        )  # fmt: skip
-    return Attention(output, lse if return_lse else None, summed, "tokencomp")
-
-
-def _by_torch(q: Tensor, k: Tensor, v: Tensor, rule: _Rule) -> Tensor:
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     mask, square = rule.mask, False
     if mask is None:
         simple = rule.key_mask is None and rule.window is None
@@ -242,12 +168,12 @@ def _by_operators(
     q: Tensor,
     k: Tensor,
     weights: Tensor | None,
-    rule: _Rule,
+    rule: Rule,
     return_lse: bool,
     columns: bool,
     heads: Heads,
 ) -> tuple[Tensor | None, Tensor | None]:
-    q, k, bias = q.detach(), k.detach(), _key_bias(rule, k.device)
+    q, k, bias = q.detach(), k.detach(), key_bias(rule, q, k)
     lse = ops.attention_lse(q, k, scale=rule.scale, key_bias=bias, causal=rule.causal, window=rule.window)
     summed = None
     if columns:
@@ -259,7 +185,7 @@ def _by_operators(
 
 
 def _by_rows(
-    q: Tensor, k: Tensor, v: Tensor | None, weights: Tensor | None, rule: _Rule, columns: bool
+    q: Tensor, k: Tensor, v: Tensor | None, weights: Tensor | None, rule: Rule, columns: bool
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Output, log-sum-exp and columns ``[B, Hq, S]`` under any rule, a block of rows at a time."""
     group = q.shape[1] // k.shape[1]
@@ -284,7 +210,7 @@ def _by_rows(
     return output, lse, summed
 
 
-def _logits(q: Tensor, keys: Tensor, rule: _Rule, mask: Tensor | None) -> Tensor:
+def _logits(q: Tensor, keys: Tensor, rule: Rule, mask: Tensor | None) -> Tensor:
     z = q @ keys.mT * rule.scale
     if rule.softcap is not None:
         z = rule.softcap * torch.tanh(z / rule.softcap)
@@ -306,7 +232,7 @@ def _softmax(logits: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     return p, torch.where(blind, nothing, lse).detach()
 
 
-def _visible(rule: _Rule, q: Tensor, k: Tensor, first: int, last: int) -> Tensor | None:
+def _visible(rule: Rule, q: Tensor, k: Tensor, first: int, last: int) -> Tensor | None:
     """The mask of the rows [first, last), broadcast to ``[B, Hq, rows, S]``; None where all see all."""
     if rule.mask is not None:
         mask = rule.mask.expand(*rule.mask.shape[:-2], q.shape[2], -1) if rule.mask.dim() > 1 else rule.mask
@@ -324,7 +250,7 @@ def _visible(rule: _Rule, q: Tensor, k: Tensor, first: int, last: int) -> Tensor
 
 
 def _row_weights(
-    q: Tensor, k: Tensor, weights: Tensor | None, query_mask: Tensor | None, rule: _Rule
+    q: Tensor, k: Tensor, weights: Tensor | None, query_mask: Tensor | None, rule: Rule
 ) -> Tensor | None:
     """Weights with 0 for padding rows, broadcast to ``[B, Hq, T]``."""
     rows, keys = q.shape[2], k.shape[2]

@@ -246,6 +246,34 @@ __global__ void operand_overwritten(const float* x, float* out, bool inject) {
   wgmma_square(x, out, false, false, false, inject);
 }
 
+// With the identity as its operand in registers.
+__global__ void fragment_changed(const float* x, float* out, bool inject) {
+  auto& s = gpu::dynamic_smem<WgmmaSmem>();
+  const int t = threadIdx.x;
+  for (int i = t; i < 64 * 64; i += 128) {
+    const int r = i / 64, c = i % 64;
+    s.a[r][(c / 8 ^ r % 8) * 8 + c % 8] = tokencomp::from_float<bf16>(x[i % (kTiles * kTile)]);
+  }
+  gpu::fence_proxy_async();
+  __syncthreads();
+  uint32_t one[4][4];
+  for (int i = 0; i < 16; i++) {
+    const int row = t / 32 * 16 + t % 32 / 4 + i % 2 * 8, column = i / 2 * 8 + t % 4 * 2;
+    one[i / 4][i % 4] = gpu::pack_halves<bf16>(row == column, row == column + 1);
+  }
+  float d[32];
+  const uint64_t b = gpu::wgmma_descriptor_columns(s.a, sizeof s.a);
+  gpu::wgmma_fence();
+  for (int k = 0; k < 4; k++) gpu::wgmma_m64n64k16_fragment<bf16>(d, one[k], b + k * 128, k > 0);
+  gpu::wgmma_commit();
+  if (inject) one[3][0] = 0x3f803f80;
+  gpu::wgmma_wait<0>();
+  for (int i = 0; i < 32; i++) {
+    const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+    if (row < 4) out[row * 64 + column] = d[i];
+  }
+}
+
 template <Kernel kernel>
 Tensor run_wgmma(const Tensor& x, bool inject) {
   Call call(x);
@@ -324,6 +352,7 @@ const std::map<std::string, Bug>& bugs() {
       {"missing_wgmma_fence", run_wgmma<missing_wgmma_fence>},
       {"missing_proxy_fence", run_wgmma<missing_proxy_fence>},
       {"operand_overwritten", run_wgmma<operand_overwritten>},
+      {"fragment_changed", run_wgmma<fragment_changed>},
       {"missing_threadfence", missing_threadfence},
       {"missing_grid_barrier", run_grid<false, false>},
       {"grid_not_cooperative", run_grid<true, false>},

@@ -7,6 +7,8 @@ STABLE_TORCH_LIBRARY(TOKENCOMP_TEST_NAMESPACE, m) {
   m.def("ldmatrix(Tensor x, bool transpose) -> Tensor");
   m.def("stmatrix(Tensor x, bool transpose) -> Tensor");
   m.def("mma(Tensor a, Tensor b, Tensor c, bool is_bf16) -> Tensor");
+  m.def("movmatrix(Tensor x) -> Tensor");
+  m.def("f16x2(Tensor a, Tensor b) -> Tensor");
   m.def("mma_s8(Tensor a, Tensor b, Tensor c) -> Tensor");
   m.def("shuffle(Tensor x, Tensor argument, int kind, int width) -> Tensor");
   m.def("votes(Tensor x, int lanes) -> Tensor");
@@ -27,6 +29,7 @@ STABLE_TORCH_LIBRARY(TOKENCOMP_TEST_NAMESPACE, m) {
   m.def("last_block_sum(Tensor x) -> Tensor");
   // conformance_sm90.cu
   m.def("wgmma(Tensor a, Tensor b, Tensor? c) -> Tensor");
+  m.def("wgmma_fragment(Tensor a, Tensor b, Tensor? c) -> Tensor");
   // bugs.cu, bugs_async.cu
   m.def("bug(str name, Tensor x, bool inject) -> Tensor");
   m.def("async_bug(str name, Tensor x, bool inject) -> Tensor");

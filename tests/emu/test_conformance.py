@@ -70,6 +70,36 @@ def mma_fragments(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tens
     return pairs(fa), pairs(fb), fc
 
 
+def test_movmatrix(device: Device) -> None:
+    x = integers(8, 8, low=-(2**15), high=2**15, dtype=torch.int16)
+    fragment = pairs(x.view(32, 2))  # lane l holds (l / 4, 2 (l % 4)) and its neighbour
+    assert torch.equal(device.movmatrix(fragment), pairs(x.T.contiguous().view(32, 2)))
+
+
+def test_pairs_of_halves(device: Device) -> None:
+    """Subnormal factors and products count: codes are such numbers. Products that round are drawn too."""
+    a, b = torch.randn(999, 2).half(), torch.randn(999, 2).half()
+    a[::3] *= 2.0**-14
+    b[::5] *= 2.0**-12
+    word_a, word_b = pairs(a), pairs(b)
+    got = device.f16x2(word_a, word_b)
+    assert torch.equal(got[:, 0], pairs((a.double() * b.double()).half()))
+    lost = a.double() * b.double() - (a.double() * b.double()).half().double()
+    assert torch.equal(got[:, 2].contiguous().view(torch.float16).view(-1, 2), lost.half())
+    floats = torch.stack([word_a.view(torch.float32), word_b.view(torch.float32)], 1)
+    finite = floats.isfinite().all(1)
+    assert torch.equal(got[finite, 1], pairs(floats.half())[finite])
+
+
+def test_mma_of_subnormal_halves(device: Device) -> None:
+    """Integers below 1024 as fp16 bits are subnormal and exact: q 2^-24."""
+    codes = integers(16, 16, low=0, high=256, dtype=torch.int16)
+    b, c = torch.randn(16, 8).half(), torch.zeros(16, 8)
+    fa, fb, fc = mma_fragments(codes.view(torch.float16), b, c)
+    _, _, expected = mma_fragments(codes.view(torch.float16), b, (codes.double() @ b.double()).float())
+    torch.testing.assert_close(device.mma(fa, fb, fc, False) * 2.0**24, expected, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mma(device: Device, dtype: torch.dtype) -> None:
     a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
@@ -115,6 +145,18 @@ def test_wgmma(device: Device, columns: int, dtype: torch.dtype, accumulate: boo
     c = torch.randn(64, columns) if accumulate else None
     expected = a.double() @ b.double().T + (0 if c is None else c.double())
     torch.testing.assert_close(device.wgmma(a, b, c), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_wgmma_fragment(device: Device, columns: int, dtype: torch.dtype, accumulate: bool) -> None:
+    """The operand in registers is rounded there; the other one has its columns side by side."""
+    require_sm90(device)
+    a, b = torch.randn(64, 64), torch.randn(64, columns).to(dtype)
+    c = torch.randn(64, columns) if accumulate else None
+    expected = a.to(dtype).double() @ b.double() + (0 if c is None else c.double())
+    torch.testing.assert_close(device.wgmma_fragment(a, b, c), expected.float(), rtol=1e-4, atol=1e-4)
 
 
 # ---- shuffles, votes, reductions
@@ -309,3 +351,4 @@ def test_schedules_do_not_matter(settings: dict[str, str]) -> None:
         test_votes(emu, 17, (-3, 5))
         test_reductions(emu, 96)
         test_wgmma(emu, 64, torch.bfloat16, True)
+        test_wgmma_fragment(emu, 128, torch.float16, True)

@@ -160,6 +160,7 @@ ASYNC_BUGS = [
         race=LINE + "missing fence_proxy_async: read of 16 bytes .* written by",
     ),
     Bug("operand_overwritten", squared, plain=WRONG, race=RACE),
+    Bug("fragment_changed", tile(0), plain="a register of the operand a changed before wgmma_wait"),
     Bug("missing_threadfence", sum_of_tiles, race=UNORDERED_BLOCKS),
     Bug("missing_grid_barrier", sum_of_tiles, race=UNORDERED),
     Bug("grid_not_cooperative", sum_of_tiles, plain="the launch is not cooperative"),

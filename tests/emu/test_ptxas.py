@@ -154,7 +154,7 @@ def test_product_kernels(stem: str) -> None:
 
 @pytest.mark.skipif(not cuda_was_built(), reason="built without nvcc: nothing was compiled for a GPU")
 def test_conformance_kernels() -> None:
-    for stem in ("conformance", "conformance_kernels", "conformance_sm90"):
+    for stem in ("conformance", "conformance_halves", "conformance_kernels", "conformance_sm90"):
         kernels = [kernel for log in logs_of(stem) for kernel in parse(log.read_text())]
         assert kernels, f"build/ptxas/{stem}.log is missing: build the CUDA test library"
         assert not complaints(kernels, budgets(SOURCES[stem]))

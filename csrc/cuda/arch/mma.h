@@ -49,6 +49,26 @@ __device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&r)
 #endif
 }
 
+// Two values as a register of a fragment: `low` in the lower half; rounded to T, bf16 or f16.
+template <class T>
+__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+  static_assert(__is_same(T, tokencomp::bf16) || __is_same(T, tokencomp::f16));
+  uint32_t pair;
+  if constexpr (__is_same(T, tokencomp::bf16))
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// The transpose of an 8x8 matrix of 16-bit elements, of which lane l holds (l / 4, 2 (l % 4)) and the one to its right,
+// held in the same way.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t a) {
+  uint32_t d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+
 // d += a * b, fp32 sums; T is bf16 or f16.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -6,7 +6,8 @@ from tokencomp.ops.kcenter import kcenter_greedy
 from tokencomp.ops.kvcache import kv_append_, kv_compact_, kv_gather
 from tokencomp.ops.kvcache_merge import evict_assign, evict_merge_, rope_shift_
 from tokencomp.ops.kvquant import channel_stats, hadamard, kv_dequantize, kv_quantize, kv_repack
-from tokencomp.ops.kvquant_pages import kv_page_read, kv_page_write_
+from tokencomp.ops.kvquant_pages import kv_page_read, kv_page_write_, kv_retier_
+from tokencomp.ops.linear import decay_linear_attention
 from tokencomp.ops.merge import bipartite_map, bipartite_merge, cosine_match, energy_score, merge_tokens
 from tokencomp.ops.prefill import flash_prefill
 from tokencomp.ops.score import attention_lse, column_score, diagonal_score
@@ -22,6 +23,7 @@ __all__ = [
     "channel_stats",
     "column_score",
     "cosine_match",
+    "decay_linear_attention",
     "decay_score_",
     "diagonal_score",
     "energy_score",
@@ -39,6 +41,7 @@ __all__ = [
     "kv_page_write_",
     "kv_quantize",
     "kv_repack",
+    "kv_retier_",
     "merge_states",
     "merge_tokens",
     "paged_decode",

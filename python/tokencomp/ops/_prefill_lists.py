@@ -11,7 +11,7 @@ INDEX_BITS = 0x7FFFFFFF
 def check(
     op: str,
     q: Tensor,
-    k: Tensor,
+    keys: int,
     indptr: Tensor | None,
     indices: Tensor | None,
     column_ptr: Tensor | None,
@@ -23,7 +23,7 @@ def check(
 
     What is not of an integer dtype or of no possible shape is left for the operator to refuse.
     """
-    rows, keys = q.shape[0] * -(-q.shape[2] // block_q), k.shape[2]
+    rows = q.shape[0] * -(-q.shape[2] // block_q)
     blocks = -(-keys // block_k)
     if not _usable(indptr, indices, rows):
         return

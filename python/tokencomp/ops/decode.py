@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from tokencomp.ops import _check, _namespace
+from tokencomp.ops.page_pools import PagePools, arguments_of, check_entries
 
 
 def paged_decode(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    block_table: Tensor,
+    block_table: Tensor | None,
     lengths: Tensor,
     *,
     scale: float | None = None,
@@ -26,6 +27,7 @@ def paged_decode(
     sinks: Tensor | None = None,
     causal: bool = True,
     logits_out: bool = False,
+    quantized: PagePools | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of the newest ``T`` tokens over the slots of a paged cache, all of them or a list.
 
@@ -39,10 +41,12 @@ def paged_decode(
             those of the last T slots of every (b, h): row t sees slots below ``lengths - (T - 1 - t)``.
         k_pages, v_pages: ``[N, Hx, P, D]`` and ``[N, Hx, P, Dv]`` of the dtype of q, P 16, 32 or 64, any
             strides with a contiguous last dimension. Hx = 1: a page belongs to one (sequence, kv head); Hx =
-            Hkv: a page holds all heads, as in FlashInfer and vLLM, whose buffers are permuted views.
+            Hkv: a page holds all heads, as in FlashInfer and vLLM, whose buffers are permuted views. Without
+            a table: dense keys and values ``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``, slots are their rows.
         block_table: ``[B, Hkv, max_pages]`` int32: the page of slots ``[i P, (i + 1) P)``, -1 for none (its
             slots are not seen). Any strides with a contiguous last dimension, so an engine's ``[B,
-            max_pages]`` is expanded.
+            max_pages]`` is expanded. The upper four bits name the pool: 0 ``k_pages`` and ``v_pages``, i the
+            i-th of ``quantized``. None: no pages.
         lengths: ``[B, Hkv]`` slots in use.
         scale: factor of the products; default ``D ** -0.5``.
         index: ``[B, Hkv, K]`` distinct slots to look at, -1 for a hole; others are not read (ascending is
@@ -56,11 +60,19 @@ def paged_decode(
         softcap: ``z = softcap * tanh(z / softcap)``.
         sinks: ``[Hq]`` a logit per head that takes its share of the softmax and gives nothing (gpt-oss).
         logits_out: also return z.
+        quantized: pools of quantized pages (P as the working ones, D = Dv), which the table may name beside
+            working ones in any order, in one launch: every type in one row, keys and values in tiers of their
+            own, each with maps per channel. The result is that of the dequantized values. They are not
+            formed: with ``x = s c + m`` per token ``<q, x> = s <q, c> + m sum q`` and ``sum p x = sum (p s)
+            c + sum p m``; per channel ``<q, x> = <q s, c> + <q, m>`` and ``sum p x = s sum p c + m sum p``
+            (KIVI, arXiv 2402.02750; QServe, arXiv 2405.04532). Groups that no vector holds, and pages that a
+            list points into, are dequantized row by row to the dtype of q.
 
     Returns:
         ``out`` ``[B, Hq, T, Dv]`` of the dtype of q; ``lse`` ``[B, Hq, T]`` float32, natural logarithm, sink
-        included; ``logits`` ``[B, Hq, T, max_pages * P]`` float32 by slot, -inf where not seen (no slots
-        unless ``logits_out``). A row that sees nothing: out 0, lse -inf (or its sink).
+        included; ``logits`` ``[B, Hq, T, S]`` float32 by slot, S = ``max_pages * P`` or that of dense keys,
+        -inf where not seen (no slots unless ``logits_out``). A row that sees nothing: out 0, lse -inf (or its
+        sink).
 
     Raises:
         RuntimeError: a shape, dtype, device, stride or number that is not as above.
@@ -78,7 +90,7 @@ def paged_decode(
     }
     lengths = lengths if lengths.dtype == torch.int32 and lengths.is_contiguous() else _as_int32(lengths)
     if _check.asked() and _check.checked(lengths, block_table, *sides.values()):
-        _check_values(k_pages, block_table, lengths, sides)
+        _check_values(k_pages, block_table, lengths, sides, quantized)
     out: tuple[Tensor, Tensor, Tensor] = _namespace.op("paged_decode")(
         q,
         k_pages,
@@ -91,6 +103,7 @@ def paged_decode(
         causal=causal,
         logits_out=logits_out,
         **sides,
+        **arguments_of(quantized),
     )
     return out
 
@@ -122,14 +135,19 @@ def _as_int32(t: Tensor) -> Tensor:
 
 
 def _check_values(
-    k_pages: Tensor, block_table: Tensor, lengths: Tensor, sides: dict[str, Tensor | None]
+    k_pages: Tensor,
+    block_table: Tensor | None,
+    lengths: Tensor,
+    sides: dict[str, Tensor | None],
+    quantized: PagePools | None,
 ) -> None:
-    op, slots = "paged_decode", block_table.shape[-1] * k_pages.shape[2]
+    op, slots = "paged_decode", _slots(k_pages, block_table)
     covered = min(
         [slots] + [t.shape[-1] for name in ("key_bias", "position") if (t := sides[name]) is not None]
     )
     _check.check_within(op, "lengths", lengths, 0, covered, "S")
-    _check.check_range(op, "block_table", block_table, -1, k_pages.shape[0], "N")
+    if block_table is not None:
+        check_entries(op, block_table, k_pages.shape[0], quantized)
     index, count, bias = sides["index"], sides["index_count"], sides["key_bias"]
     if index is not None:
         _check.check_range(op, "index", index, -1, slots, "S")
@@ -137,6 +155,10 @@ def _check_values(
         _check.check_within(op, "index_count", count, 0, index.shape[-1], "K")
     if bias is not None:
         _check.check_bias(op, bias)
+
+
+def _slots(k_pages: Tensor, block_table: Tensor | None) -> int:
+    return k_pages.shape[2] * (1 if block_table is None else block_table.shape[-1])
 
 
 def _with_batch(t: Tensor | None) -> Tensor | None:
@@ -158,7 +180,7 @@ def _paged_decode_fake(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    block_table: Tensor,
+    block_table: Tensor | None,
     lengths: Tensor,
     *,
     logits_out: bool = False,
@@ -171,10 +193,10 @@ def _paged_decode_fake(
         ("block_table", block_table, "[B, Hkv, max_pages]"),
         ("lengths", lengths, "[B, Hkv]"),
     ):
-        if t.dim() != shape.count(",") + 1:
+        if t is not None and t.dim() != shape.count(",") + 1:
             raise RuntimeError(f"paged_decode: {name} must have shape {shape}, got {list(t.shape)}")
     rows = q.shape[:3]
-    slots = block_table.shape[2] * k_pages.shape[2] if logits_out else 0
+    slots = _slots(k_pages, block_table) if logits_out else 0
     lse, logits = (q.new_empty(shape, dtype=torch.float32) for shape in (rows, (*rows, slots)))
     return q.new_empty((*rows, v_pages.shape[3])), lse, logits
 

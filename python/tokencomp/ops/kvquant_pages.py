@@ -2,7 +2,8 @@
 
 A page holds P tokens of one sequence and KV head in one blob, ``[K codes | K params | V codes | V params]``,
 sections on 16-byte boundaries (``csrc/core/page_blob.h``). Pages of one format live in a pool ``[pages,
-page_bytes]`` of uint8. An entry of a page table is a page number with the tier in its upper four bits.
+page_bytes]`` of uint8. An entry of a page table is a page number with the page's type in its upper four bits:
+0 is a working page, i the i-th quantized pool (``page_pools.PagePools``).
 """
 
 from dataclasses import dataclass
@@ -12,27 +13,29 @@ import torch
 from torch import Tensor
 
 from tokencomp.ops import _check, _namespace
-from tokencomp.ops.kvquant import Axis
+from tokencomp.ops.kvquant import Axis, kv_repack
 
 Tier = Literal["fp8", "int8", "int4", "int3", "int2"]
 
 TIERS = ("working", "fp8", "int8", "int4", "int3", "int2")
-"""Names of the tiers by their numbers; tier 0 is the working dtype, not quantized."""
+"""Names of the number formats by their numbers; 0 is the working dtype, not quantized."""
 
 TIER_BITS = {"fp8": 8, "int8": 8, "int4": 4, "int3": 3, "int2": 2}
+MAX_PAGE_TYPES = 7
 _NUMBER_BITS = 28
 
 
-def page_entry(tier: str, number: int) -> int:
-    """The entry of a page table, as int32: tier in the upper four bits, page number below."""
+def page_entry(kind: int, number: int) -> int:
+    """The entry of a page table: the page's type in the upper four bits, its number below."""
+    if not 0 <= kind <= MAX_PAGE_TYPES:
+        raise ValueError(f"page_entry: kind must be in [0, {MAX_PAGE_TYPES}], got {kind}")
     if not 0 <= number < 1 << _NUMBER_BITS:
         raise ValueError(f"page_entry: number must be in [0, 2^{_NUMBER_BITS}), got {number}")
-    entry = TIERS.index(tier) << _NUMBER_BITS | number
-    return entry - (1 << 32) if entry >= 1 << 31 else entry
+    return kind << _NUMBER_BITS | number
 
 
-def page_tier(entry: Tensor) -> Tensor:
-    """Tier numbers (indices of ``TIERS``) of int32 table entries."""
+def page_type(entry: Tensor) -> Tensor:
+    """Page types of int32 table entries: 0 working, i the i-th quantized pool, 15 for -1, no page."""
     return (entry >> _NUMBER_BITS) & 15
 
 
@@ -166,6 +169,64 @@ def kv_page_write_(
     )
 
 
+def kv_retier_(
+    pool: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    sequence: Tensor,
+    slots: Tensor,
+    pages: Tensor,
+    page: PageFormat,
+    *,
+    k_scale: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    v_bias: Tensor | None = None,
+) -> None:
+    """Quantize slots of working pages and write them as whole quantized pages: the demotion of a paged cache.
+
+    As ``kv_page_write_`` of the rows' dense keys and values. Working pages, table and lengths stay as they
+    are: the caller lets the slots go by ``kv_compact_``.
+
+    Args:
+        pool: ``[pages, page_bytes]`` uint8, contiguous, updated.
+        k_pages, v_pages: ``[N, Hx, P, D]``, float32, float16 or bfloat16, as in ``kv_append_``.
+        block_table: ``[B, Hkv, places]`` int32; entries of other types than working pages may be in it.
+        sequence: ``[n]`` integers, ``b * Hkv + h`` of each page.
+        slots: ``[n, P]`` integers, slots of the row in working pages, -1 for an empty one.
+        pages: ``[n]`` distinct page numbers of the pool.
+        page: the pool's format; its pages have as many tokens as the working ones.
+        k_scale, k_bias, v_scale, v_bias: ``[B, Hkv, D]`` maps per channel, as in ``kv_page_write_``.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or format that is not as above.
+        ValueError: a number out of range, a page given twice, a slot that is in no working page. Checked as
+            in ``kv_page_write_``; unchecked, such pages are not written, such slots are empty.
+    """
+    op = "kv_retier_"
+    table = _check.as_int32(block_table) if block_table.dtype != torch.int32 else block_table
+    assert table is not None
+    if k_pages.dim() == 4 and pool.dim() == 2 and pages.dim() == 1 and table.dim() == 3:
+        _check_source(op, pool, k_pages, table, sequence, slots, pages)
+    if slots.dim() == 2 and slots.shape[1] != page.tokens:
+        raise ValueError(f"{op}: slots must have shape [n, P={page.tokens}], got {list(slots.shape)}")
+    _namespace.op(op)(
+        pool,
+        k_pages,
+        v_pages,
+        table,
+        _check.as_int32(sequence),
+        _check.as_int32(slots),
+        _check.as_int32(pages),
+        **page.options(),
+        k_scale=_check.as_float32(k_scale),
+        k_bias=_check.as_float32(k_bias),
+        v_scale=_check.as_float32(v_scale),
+        v_bias=_check.as_float32(v_bias),
+    )
+
+
 def kv_page_read(
     pool: Tensor,
     pages: Tensor,
@@ -213,6 +274,47 @@ def kv_page_read(
     return k, v
 
 
+def kv_pages_repack(pool: Tensor, page: PageFormat, layout: Literal["linear", "mma16"]) -> Tensor:
+    """``[pages, page_bytes]`` of format ``page`` in another layout, by ``kv_repack``; a copy unless it is the
+    same.
+    """
+    if layout == page.layout:
+        return pool
+    out = pool.clone()
+    for which, tier, start in (("k", page.tier_k, page.sections[0]), ("v", page.tier_v, page.sections[2])):
+        codes = pool[:, start : start + page._code_bytes(tier)]
+        rows = codes.reshape(len(pool), 1, page.tokens, codes.shape[1] // page.tokens)
+        source, target = (
+            "linear" if name == "linear" else f"mma16_{which}" for name in (page.layout, layout)
+        )
+        packed = kv_repack(rows, TIER_BITS[tier], source, target)  # type: ignore[arg-type]
+        out[:, start : start + codes.shape[1]] = packed.flatten(1)
+    return out
+
+
+def _check_source(
+    op: str, pool: Tensor, k_pages: Tensor, table: Tensor, sequence: Tensor, slots: Tensor, pages: Tensor
+) -> None:
+    if not _check.checked(pool, table, sequence, slots, pages):
+        return
+    rows, size = table.shape[0] * table.shape[1], k_pages.shape[2]
+    _check.check_range(op, "sequence", sequence, 0, rows, "B * Hkv")
+    _check.check_range(op, "slots", slots, -1, table.shape[2] * size, "places * P")
+    _check.check_range(op, "pages", pages, 0, pool.shape[0], "number of pages")
+    _check_distinct(op, pages)
+    if slots.dim() != 2 or slots.shape[0] != sequence.shape[0] or slots.numel() == 0:
+        return
+    entry = table.flatten(0, 1)[sequence.long()].gather(1, (slots.clamp(min=0) // size).long())
+    entry = entry[slots >= 0]
+    bad = entry[(entry < 0) | (entry >= k_pages.shape[0])]
+    if bad.numel():
+        entry = bad[0]
+        what = "-1" if int(entry) < 0 else f"page {int(page_number(entry))} of type {int(page_type(entry))}"
+        raise ValueError(
+            f"{op}: slots must be in working pages, [0, N={k_pages.shape[0]}) of type 0, got {what}"
+        )
+
+
 def _check_distinct(op: str, pages: Tensor) -> None:
     ordered = pages.sort().values
     repeated = ordered[1:][ordered[1:] == ordered[:-1]]
@@ -224,6 +326,12 @@ def _check_distinct(op: str, pages: Tensor) -> None:
 def _kv_page_write_fake(pool: Tensor, k: Tensor, *_: Any, **__: Any) -> None:
     if pool.dim() != 2:
         raise RuntimeError(f"kv_page_write_: pool must have shape [pages, bytes], got {list(pool.shape)}")
+
+
+@_namespace.fake("kv_retier_")
+def _kv_retier_fake(pool: Tensor, k_pages: Tensor, *_: Any, **__: Any) -> None:
+    if k_pages.dim() != 4:
+        raise RuntimeError(f"kv_retier_: k_pages must have shape [N, Hx, P, D], got {list(k_pages.shape)}")
 
 
 @_namespace.fake("kv_page_read")

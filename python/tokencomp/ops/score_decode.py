@@ -5,7 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokencomp.ops import _check, _namespace, _score_sides
+from tokencomp.ops import _check, _namespace, _page_checks, _score_sides
+from tokencomp.ops.page_pools import PagePools, arguments_of
 from tokencomp.ops.score import Heads
 
 Vote = Literal["softmax_sum", "sum", "max", "mean"]
@@ -22,6 +23,7 @@ def qk_scores(
     lengths: Tensor | None = None,
     starts: Tensor | None = None,
     softcap: float | None = None,
+    quantized: PagePools | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits of one query a head against all keys, and their log-sum-exp: what a decode step selects by.
 
@@ -33,7 +35,9 @@ def qk_scores(
     group.
 
     With ``block_table`` the keys are read where a paged cache holds them: slot j of (b, kv head h) is slot
-    ``j % P`` of page ``block_table[b, h, j // P]``, and ``S = P * pages of a sequence``.
+    ``j % P`` of page ``block_table[b, h, j // P]``, and ``S = P * pages of a sequence``. Keys of quantized
+    pages (Twilight, arXiv 2502.02770, scores 4-bit keys) are read a tile at a time through the numbers that
+    ``kv_page_read`` gives in the dtype of q.
 
     Args:
         q: ``[B, Hq, D]``, float32, float16 or bfloat16, D <= 256.
@@ -42,12 +46,14 @@ def qk_scores(
             contiguous.
         scale: factor of the products; default ``D ** -0.5``.
         block_table: ``[B, Hkv, pages of a sequence]`` integers, for Hx = Hkv possibly one table expanded over
-            the heads. The upper four bits of an entry name its tier, which must be 0 here; -1 is no page, and
-            its slots are masked. Entries behind a sequence's length are not looked at.
-        k_min: of the shape and strides of ``k``.
+            the heads. The upper four bits of an entry are the page's type: 0 a page of ``k``, i a page of the
+            i-th pool of ``quantized``; -1 is no page, and its slots are masked. Entries behind a sequence's
+            length are not looked at.
+        k_min: of the shape and strides of ``k``; not beside quantized pools.
         key_bias: as in ``column_score``.
         lengths: ``[B]`` or ``[B, Hkv]`` keys, in [0, S].
         starts, softcap: as in ``column_score``.
+        quantized: pools of quantized pages, for pages of 16, 32 or 64 slots.
 
     Returns:
         ``scores`` ``[B, Hq, S]`` float32, -inf at keys that are masked or whose logit is NaN; ``lse`` ``[B,
@@ -58,41 +64,22 @@ def qk_scores(
         ValueError: values of ``block_table``, ``key_bias``, ``lengths`` or ``starts`` that are not as above
             (on CUDA only under ``TOKENCOMP_CHECKED=1``; unchecked, an entry that names no page is a hole).
     """
-    keys = _keys_of(k, block_table)
+    keys = _page_checks.slots(k, block_table)
     side = _score_sides.attention_sides("qk_scores", q, keys, None, key_bias, None, lengths, starts)
     del side["row_weight"], side["q_position"]
-    if block_table is not None and _check.checked(block_table, lengths):
-        _check_table(block_table, lengths, k)
+    if block_table is not None:
+        _page_checks.check_table("qk_scores", block_table, lengths, k, quantized)
     scores, lse = _namespace.op("qk_scores")(
-        q, k, scale=_score_sides.scale(q, scale), block_table=_table(block_table), k_min=k_min, **side,
+        q,
+        k,
+        scale=_score_sides.scale(q, scale),
+        block_table=_page_checks.as_table(block_table),
+        k_min=k_min,
+        **side,
         softcap=softcap,
-    )  # fmt: skip
+        **arguments_of(quantized),
+    )
     return scores, lse
-
-
-def _keys_of(k: Tensor, block_table: Tensor | None) -> int | None:
-    """S; None where a shape is wrong, which the operator refuses."""
-    keys = _score_sides.dense_keys(k)
-    if keys is None or block_table is None:
-        return keys
-    return keys * block_table.shape[2] if block_table.dim() == 3 else None
-
-
-def _table(table: Tensor | None) -> Tensor | None:
-    """int32; a table expanded over heads stays a view."""
-    integer = table is not None and not (table.is_floating_point() or table.is_complex())
-    return table.to(torch.int32) if table is not None and integer and table.dtype != torch.bool else table
-
-
-def _check_table(table: Tensor, lengths: Tensor | None, pool: Tensor) -> None:
-    """Raise ValueError unless the entries in use are -1 or pages of ``pool``, of tier 0."""
-    if table.dim() != 3 or pool.dim() != 4:
-        return
-    if lengths is not None and lengths.shape in (table.shape[:1], table.shape[:2]):
-        first = torch.arange(table.shape[2], device=table.device) * pool.shape[2]
-        length = lengths[:, None, None] if lengths.dim() == 1 else lengths[..., None]
-        table = torch.where(first < length, table, -1)
-    _check.check_range("qk_scores", "block_table", table, -1, pool.shape[0], "pages")
 
 
 def head_vote(

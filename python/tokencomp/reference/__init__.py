@@ -5,7 +5,7 @@ in. ``kept_keys``, ``kept_patches`` and ``kept_visual`` drop given tokens of a H
 choose them: the oracles of compressed models and the baselines they are compared with.
 """
 
-from tokencomp.reference.decode import decode_visible, merge_states, paged_decode, paged_rows
+from tokencomp.reference.decode import decode_visible, merge_states, paged_decode
 from tokencomp.reference.kcenter import Replay, kcenter_greedy, replay
 from tokencomp.reference.kept_keys import Kept, kept_keys
 from tokencomp.reference.kept_patches import KeptTokens, kept_patches
@@ -20,6 +20,8 @@ from tokencomp.reference.kvcache import (
 )
 from tokencomp.reference.kvcache_merge import evict_assign, evict_merge_, evict_similarity
 from tokencomp.reference.kvquant import channel_stats, hadamard, kv_dequantize, kv_quantize, kv_repack
+from tokencomp.reference.kvquant_pages import kv_page
+from tokencomp.reference.linear import decay_linear_attention
 from tokencomp.reference.merge import (
     bipartite_map,
     bipartite_merge,
@@ -28,6 +30,8 @@ from tokencomp.reference.merge import (
     match_matrix,
     merge_tokens,
 )
+from tokencomp.reference.page_pools import paged_rows
+from tokencomp.reference.page_rows import gather_pages
 from tokencomp.reference.prefill import flash_prefill, listed
 from tokencomp.reference.score import (
     attention_logits,
@@ -35,7 +39,6 @@ from tokencomp.reference.score import (
     column_score,
     decay_score_,
     diagonal_score,
-    gather_pages,
     head_vote,
     qk_scores,
     visible,
@@ -55,6 +58,7 @@ __all__ = [
     "channel_stats",
     "column_score",
     "cosine_match",
+    "decay_linear_attention",
     "decay_score_",
     "decode_visible",
     "diagonal_score",
@@ -77,6 +81,7 @@ __all__ = [
     "kv_compact_",
     "kv_dequantize",
     "kv_gather",
+    "kv_page",
     "kv_quantize",
     "kv_repack",
     "listed",

@@ -1,7 +1,8 @@
 """Decode attention over pages in plain PyTorch: the specification of ``tokencomp.ops.decode``.
 
-Slot s of (b, h) lies in page ``block_table[b, h, s // P]`` at ``s % P``; entries that name no page of the
-pool hide their slots. Query row t sees slot s of the ``n = lengths[b, h]`` in use if
+Slot s of (b, h) lies in page ``block_table[b, h, s // P]`` at ``s % P``; entries that name no page of any
+pool hide their slots. Without a table it is row s of dense keys and values ``[B, Hkv, S, D]``. Query row t
+sees slot s of the ``n = lengths[b, h]`` in use if
 
     s < n - (T - 1 - t)                            (``causal``, else s < n)
     position[s] > q_position[t] - window           (under a ``window``)
@@ -13,23 +14,10 @@ pool hide their slots. Query row t sees slot s of the ``n = lengths[b, h]`` in u
 import torch
 from torch import Tensor
 
+from tokencomp.ops.page_pools import PagePools
+from tokencomp.reference.page_pools import paged_rows
+
 INF = float("inf")
-_PAGE = (1 << 28) - 1
-
-
-def paged_rows(pages: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
-    """``[B, Hkv, max_pages * P, D]`` rows of ``pages`` by slot, 0 where there is none; which there are."""
-    batch, heads, _ = block_table.shape
-    size = pages.shape[2]
-    entry = block_table.long().repeat_interleave(size, dim=2)
-    there = (entry >= 0) & (entry < pages.shape[0])
-    page = torch.where(there, entry, 0) & _PAGE
-    slot = torch.arange(size, device=pages.device).repeat(block_table.shape[2]).expand_as(page)
-    head = torch.arange(heads, device=pages.device)[:, None] if pages.shape[1] > 1 else torch.zeros_like(page)
-    if pages.shape[0] == 0:
-        return pages.new_zeros(batch, heads, entry.shape[2], pages.shape[3]), there
-    rows = pages[page, head.expand_as(page), slot]
-    return torch.where(there[..., None], rows, torch.zeros((), dtype=rows.dtype, device=rows.device)), there
 
 
 def decode_visible(
@@ -75,7 +63,7 @@ def paged_decode(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    block_table: Tensor,
+    block_table: Tensor | None,
     lengths: Tensor,
     *,
     scale: float | None = None,
@@ -89,13 +77,18 @@ def paged_decode(
     sinks: Tensor | None = None,
     causal: bool = True,
     logits_out: bool = False,
+    quantized: PagePools | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``out`` [B, Hq, T, Dv], ``lse`` [B, Hq, T] and ``logits`` [B, Hq, T, max_pages * P] (or 0 slots)."""
+    """``out`` [B, Hq, T, Dv], ``lse`` [B, Hq, T] and ``logits`` [B, Hq, T, slots] (or 0 slots)."""
     batch, heads, rows, dim = q.shape
     group = heads // lengths.shape[1]
-    k, there = paged_rows(k_pages, block_table)
-    v, _ = paged_rows(v_pages, block_table)
+    k, v = k_pages, v_pages
+    there = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+    if block_table is not None:
+        kept = None if quantized is None else dtype
+        k, there = paged_rows(k_pages, block_table, quantized=quantized, half="k", dtype=kept)
+        v, _ = paged_rows(v_pages, block_table, quantized=quantized, half="v", dtype=kept)
     slots = k.shape[2]
     limit = min([slots] + [t.shape[-1] for t in (key_bias, position) if t is not None])
     seen = decode_visible(

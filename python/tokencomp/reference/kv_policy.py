@@ -1,7 +1,7 @@
-"""One layer's cache in plain tensors under a method of eviction: the oracle of caches, the bench of methods.
+"""One layer's cache in plain tensors under a method: the oracle of caches, the bench of methods.
 
 Every token's key and value is a row of a dense tensor, slots are moved one row at a time, attention is a full
-matrix. Nothing is fast here.
+matrix; what is quantized is replaced by what would come back (``kv_tiers``). Nothing is fast here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.methods.kv import Keep, KVMethod, KVView, MergeSpec
+from tokencomp.reference.kv_tiers import Tiers
+from tokencomp.reference.kvquant import hadamard
 
 GARBAGE = 1e3  # what lies beyond a row's length, so that reading it shows
 Held = list[list[list[int]]]  # original positions of the slots of each sequence and kv head
@@ -23,6 +25,7 @@ class Trace:
 
     output: Tensor  # [B, Hq, N, Dv], zeros at padding
     held: list[Held] = field(default_factory=list)  # after each forward
+    kinds: list[Held] = field(default_factory=list)  # page types of the same slots
     evicted: list[int] = field(default_factory=list)  # forwards after which something went
     state: dict[str, Tensor] = field(default_factory=dict)  # of the method, at the end
     keys: Tensor | None = None  # [B, Hkv, S, D] as they are at the end
@@ -50,6 +53,9 @@ def run_policy(
 ) -> Trace:
     """Drive ``method`` over a sequence: chunks of a prompt, then decode steps.
 
+    Quantized pages hold what the reference quantizer, in float32, makes of ``k`` and ``v`` as they are given;
+    where the method rotates, both, and the trace's keys and values, are times a Hadamard matrix.
+
     Args:
         q, k, v: ``[B, Hq, N, D]``, ``[B, Hkv, N, D]`` and ``[B, Hkv, N, Dv]``; rotated already, unless
             ``inv_freq`` is given.
@@ -63,11 +69,13 @@ def run_policy(
         dtype: of the attention.
 
     Raises:
-        ValueError: chunks longer than N; a ``Keep`` that does not name slots in use in ascending order.
+        ValueError: chunks longer than N; a ``Keep`` that does not name slots in use in ascending order, or
+            merges while some are quantized; ``inv_freq`` with a method that quantizes.
     """
+    q, k, v = _rotated(method, q, k, v, inv_freq)
     if sum(map(abs, chunks)) > q.shape[2]:
         raise ValueError(f"run_policy: chunks must add up to N={q.shape[2]} at most, got {list(chunks)}")
-    cache = _Cache(method, q, k, v, inv_freq)
+    cache = _Cache(method, q, k, v, inv_freq, page)
     trace = Trace(torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype))
     ok = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool) if valid is None else valid
     step = 0
@@ -103,14 +111,28 @@ def run_policy(
             more=hold and not is_step and not all(later[2] for later in forwards[number + 1 : number + 2]),
             page=page,
             slot_bytes=(k.shape[3] + v.shape[3]) * k.element_size(),
+            kind=cache.tiers.kind.clone if method.formats else None,
         )
         keep = method.after_step(view) if is_step else method.after_prefill(view)
         if keep is not None:
             trace.evicted.append(len(trace.held))
             cache.compact(keep)
-        trace.held.append(cache.held())
+        trace.held.append(cache.held(cache.position))
+        trace.kinds.append(cache.held(cache.tiers.kind))
     trace.state, trace.keys, trace.values = cache.state, cache.shown_keys(), cache.values
+    if method.rotation == "both":
+        trace.output = hadamard(trace.output, dtype=dtype)
     return trace
+
+
+def _rotated(
+    method: KVMethod, q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if method.formats and inv_freq is not None:
+        raise ValueError("run_policy: a method that quantizes takes keys that are rotated already")
+    if method.rotation != "none":
+        q, k = (hadamard(x, dtype=torch.float32).to(x.dtype) for x in (q, k))
+    return q, k, hadamard(v, dtype=torch.float32).to(v.dtype) if method.rotation == "both" else v
 
 
 def merge_row(k: Tensor, v: Tensor, index: Tensor, merge: MergeSpec, b: int, h: int) -> None:
@@ -149,7 +171,9 @@ def _forwards(chunks: Sequence[int], total: int, steps: int) -> Iterator[tuple[i
 
 
 class _Cache:
-    def __init__(self, method: KVMethod, q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor | None) -> None:
+    def __init__(
+        self, method: KVMethod, q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor | None, page: int
+    ) -> None:
         batch, heads, total = k.shape[:3]
         width = total + 3  # wider than ever needed, so that width and size differ
         self.method, self.inv_freq = method, inv_freq
@@ -164,6 +188,7 @@ class _Cache:
             for name, side in self.sides.items()
         }
         self.scratch: dict[str, Any] = {}
+        self.tiers = Tiers(method.formats, (batch, heads, width), page)
 
     def rows(self) -> Iterator[tuple[int, int, int]]:
         for b in range(self.lengths.shape[0]):
@@ -216,23 +241,24 @@ class _Cache:
             if not (index[count:] == -1).all() or not (kept.diff() > 0).all() or (kept >= length).any():
                 raise ValueError(f"run_policy: Keep must name slots in ascending order, then -1, got {index}")
             if keep.merge is not None:
+                if self.tiers.kind[b, h].any():
+                    raise ValueError("run_policy: Keep must not merge while slots are quantized")
                 merge_row(self.keys[b, h], self.values[b, h], index, keep.merge, b, h)
+            kept = self.tiers.quantize(self.keys[b, h], self.values[b, h], self.position[b, h], keep, b, h)
             for t, fill in self._arrays():
                 taken = t[b, h, kept].clone()
                 t[b, h] = fill
-                t[b, h, :count] = taken
-            self.lengths[b, h] = count
+                t[b, h, : len(kept)] = taken
+            self.lengths[b, h] = len(kept)
 
     def _arrays(self) -> Iterator[tuple[Tensor, float]]:
         yield from ((self.keys, GARBAGE), (self.values, GARBAGE), (self.position, -1))
+        yield from ((self.tiers.kind, 0), (self.tiers.number, -1))
         yield from ((self.state[name], side.fill) for name, side in self.sides.items())
 
-    def held(self) -> Held:
+    def held(self, side: Tensor) -> Held:
         batch, heads = self.lengths.shape
-        return [
-            [self.position[b, h, : int(self.lengths[b, h])].tolist() for h in range(heads)]
-            for b in range(batch)
-        ]
+        return [[side[b, h, : int(self.lengths[b, h])].tolist() for h in range(heads)] for b in range(batch)]
 
 
 def _rotate(x: Tensor, position: Tensor, inv_freq: Tensor) -> Tensor:

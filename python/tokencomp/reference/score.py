@@ -14,6 +14,9 @@ counts as -inf.
 import torch
 from torch import Tensor
 
+from tokencomp.ops.page_pools import PagePools
+from tokencomp.reference.page_rows import gather_pages
+
 INF = float("inf")
 
 
@@ -176,22 +179,6 @@ def diagonal_score(
     return reduce_heads(score, k.shape[1], heads)
 
 
-def gather_pages(pool: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense keys ``[B, Hkv, S, D]`` of a pool ``[pages, 1 or Hkv, P, D]``, and which of them a page holds.
-
-    Entry ``block_table[b, h, i]`` names the page of slots ``[i P, (i + 1) P)``; what is not a page of tier 0
-    (the upper four bits) is a hole, and its keys are 0.
-    """
-    batch, heads, pages = block_table.shape
-    entry = block_table.long()
-    held = (entry >= 0) & (entry < pool.shape[0])
-    head = torch.arange(heads)[:, None] if pool.shape[1] > 1 else torch.zeros(heads, 1, dtype=torch.long)
-    keys = pool.new_zeros(batch, heads, pages, *pool.shape[2:])
-    if pool.shape[0]:
-        keys = torch.where(held[..., None, None], pool[entry.where(held, 0), head], keys)
-    return keys.flatten(2, 3), held.repeat_interleave(pool.shape[2], dim=2)
-
-
 def qk_scores(
     q: Tensor,
     k: Tensor,
@@ -203,6 +190,7 @@ def qk_scores(
     softcap: float | None = None,
     lengths: Tensor | None = None,
     starts: Tensor | None = None,
+    quantized: PagePools | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """``[B, Hq, S]`` logits of one query a head and their ``[B, Hq]`` lse.
@@ -215,7 +203,7 @@ def qk_scores(
     held = None
     if block_table is not None:
         k_min = None if k_min is None else gather_pages(k_min, block_table)[0]
-        k, held = gather_pages(k, block_table)
+        k, held = gather_pages(k, block_table, quantized)
     if k_min is not None:
         q = torch.cat([q.clamp(min=0), q.clamp(max=0)], dim=-1)
         k = torch.cat([k, k_min], dim=-1)
