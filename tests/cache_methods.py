@@ -96,16 +96,18 @@ def tree(cache: Any) -> dict[str, Any]:
 def pages_are_exact(cache: Any) -> None:
     """No page is lost or used by nobody: every pool's pages in use are those of the tables."""
     for pool in cache.state.pools.values():
-        used: dict[int, int] = {}
-        for paged in cache.paged:
-            store = paged.layer.store
-            if store is not None and store.pool is pool:
-                for page in store.pages.tolist():
+        stores = [paged.layer.store for paged in cache.paged]
+        stores = [store for store in stores if store is not None and store.pool is pool]
+        for kind, own in enumerate((pool, *pool.quantized)):
+            used: dict[int, int] = {}
+            for store in stores:
+                for page in store.pages_of(kind).tolist():
                     used[page] = used.get(page, 0) + 1
-                full = -(-store.host_lengths // pool.page)
-                assert ((store.host_table != -1).sum(-1) == full).all()
-        assert pool.book.in_use == len(used)
-        assert all(pool.book.refcount([page])[0] == count for page, count in used.items())
+            assert own.book.in_use == len(used)
+            assert all(own.book.refcount([page])[0] == count for page, count in used.items())
+        for store in stores:
+            full = -(-store.rows.host_lengths // pool.page)
+            assert ((store.rows.host_table != -1).sum(-1) == full).all()
 
 
 __all__ = ["KeepAll", "Listed", "Newest", "dataclasses", "keep", "pages_are_exact", "tree"]

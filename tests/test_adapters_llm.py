@@ -164,7 +164,7 @@ def test_lengths_and_bytes_after_an_eviction() -> None:
         page_bytes = 16 * 2 * 8 * 4
         assert memory.used == memory.pages * page_bytes
         assert memory.peak <= memory.used + 4 * page_bytes * 13
-        storages = {pool._data.untyped_storage().nbytes() for pool in cache.state.pools.values()}
+        storages = {pool.data.untyped_storage().nbytes() for pool in cache.state.pools.values()}
         assert sum(storages) == memory.capacity
         assert int(memory) == memory.capacity + memory.side
         seen = []

@@ -43,7 +43,7 @@ def test_methods_go_with_their_models() -> None:
         tokencomp.compress(decoder(), "h2o")  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="got <class"):
         tokencomp.compress(decoder(), KeepAll)  # type: ignore[call-overload]
-    with pytest.raises(TypeError, match="KeepAll is a method of KV caches, which take no dense"):
+    with pytest.raises(TypeError, match="KeepAll is a method of decoders, which take no dense"):
         tokencomp.compress(decoder(), KeepAll(), dense=True)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="ToMe is a method of encoders, which take no page"):
         tokencomp.compress(tiny_models.vit(), methods.ToMe(r=2), page=16)  # type: ignore[call-overload]

@@ -15,7 +15,7 @@ from tokencomp.methods.layers import LayerMethod
 REGISTERED = [
     entry
     for entry in methods.all_methods()
-    if inspect.isclass(entry.cls) and isinstance(entry.cls(), LayerMethod)
+    if inspect.isclass(entry.cls) and hasattr(entry.cls, "reduce") and isinstance(entry.cls(), LayerMethod)
 ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokencomp import cli
+from tokencomp import eval as evaluation
 from tokencomp.eval import Table
 from tokencomp.zoo import base
 
@@ -58,7 +59,7 @@ def test_command_runs_all_methods_by_default(capsys: pytest.CaptureFixture[str])
     content = json.loads(capsys.readouterr().out)
     assert [table["task"] for table in content] == ["cell", "is"]
     methods = [row["method"] for row in content[0]["rows"]]
-    assert methods == ["none", "random", "stride", "divprune", "todre"]
+    assert methods == ["none", *evaluation.known("visual")]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,8 @@ def test_command_runs_all_methods_by_default(capsys: pytest.CaptureFixture[str])
             ["--task", "cell", "colour"],
             "--task must be one of ['cell', 'count', 'is', 'largest'], got 'colour'",
         ),
-        (["--methods", "random,h2o"], "one of ['none', 'random', 'stride', 'divprune', 'todre'], got 'h2o'"),
+        (["--methods", "random,h2o"], "one of ['none', 'random', 'stride', 'atp', "),
+        (["--methods", "random,h2o"], "], got 'h2o'"),
         (
             ["--budgets", "0.1,half"],
             "--budgets must be numbers in (0, 1] separated by commas, got '0.1,half'",

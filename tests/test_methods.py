@@ -10,8 +10,12 @@ from backends import Backend
 from kv_methods import KV_METHODS
 from merging import BLOCK_CASES, LAYER_CASES
 from method_cases import LAYER_METHOD_CASES, TENSOR_METHOD_CASES
+from quant_methods import QUANT_METHODS
+from sparse_methods import DRAFT_METHODS, SPARSE_METHODS
+from sparse_prompts import PROMPT_METHODS
 from tokencomp import methods
 from tokencomp.methods import DivPrune, ToDRE, base
+from visual_views import VISUAL_METHODS
 
 
 def e1(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -22,7 +26,14 @@ def e1(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 PIVOT_1 = {"pivot": torch.tensor([1])}
-BASELINES = {"random", "stride", "random_kv", "stride_kv"}  # without a paper
+BASELINES = {
+    "random",
+    "stride",
+    "random_kv",
+    "stride_kv",
+    "random_visual",
+    "stride_visual",
+}  # without a paper
 
 CLS_1 = {"cls_score": torch.tensor([[0.1, 0.5, 0.1, 0.1, 0.5, float("nan")]])}
 
@@ -56,7 +67,10 @@ def test_every_method_has_a_case() -> None:
         type(case[0]) for case in LAYER_METHOD_CASES
     }
     others = {type(case[0]) for case in [*METHOD_CASES, *BLOCK_CASES, *TENSOR_METHOD_CASES]}
-    others |= {type(method) for method in KV_METHODS.values()}
+    caches = (KV_METHODS, QUANT_METHODS, SPARSE_METHODS, PROMPT_METHODS)
+    others |= {type(method) for cases in caches for method in cases.values()}
+    others |= {type(method) for method in DRAFT_METHODS}
+    others |= {type(method) for method in VISUAL_METHODS}
     everything = {entry.cls for entry in methods.all_methods()}
     assert layers | others == everything
     assert layers == {cls for cls in everything if hasattr(cls, "reduce")}
@@ -66,7 +80,7 @@ def test_registry_describes_every_knob() -> None:
     for entry in methods.all_methods():
         assert methods.get(entry.name) is entry
         assert entry.cls.__dataclass_params__.frozen
-        assert entry.paper or entry.name in BASELINES
+        assert entry.paper or entry.name in BASELINES | {"uniform", "tiered"}
         assert entry.stage
         assert entry.summary.endswith(".")
         assert [k.name for k in entry.knobs] == [f.name for f in dataclasses.fields(entry.cls)]

@@ -19,6 +19,8 @@ from tokencomp.adapters.attention import hf_attention, hf_mask, register_functio
 from tokencomp.adapters.outputs import signed
 from tokencomp.adapters.patch import Patches, is_patched
 from tokencomp.methods.kv import KVMethod
+from tokencomp.methods.sparse import SparseMethod
+from tokencomp.ops.kvquant_pages import MAX_PAGE_TYPES
 
 IMPLEMENTATION = "tokencomp_paged"
 Attention = Literal["paged", "model"]
@@ -87,18 +89,22 @@ def attach(
     limit: int | None = None,
     chunks: Literal["each", "last"] = "each",
     attention: Attention = "paged",
+    sparse: SparseMethod | None = None,
 ) -> Stack:
     """Compress the cache of the one decoder in ``model`` until ``detach``; see ``tokencomp.compress``."""
     if any(is_patched(module) for module in model.modules()):
         raise ValueError(f"compress: this {type(model).__name__} is compressed already; remove() that first")
     decoder = the_decoder(model)
-    from tokencomp.cache.paged import Plan
+    from tokencomp.cache.state import Plan
 
     _check_options(method, page, limit, chunks, attention)
+    if sparse is not None and attention == "model":
+        raise ValueError(f"compress: {type(sparse).__name__} restricts our attention; use attention='paged'")
     stack = Stack(decoder, None)
     stack.plan = Plan(
         method, weakref.ref(decoder), chunks, page, limit, attention == "paged",
         _frequencies(decoder) if method.rerotates else {}, lambda: not stack.closed, _across(decoder),
+        sparse, _known_frequencies(decoder) if sparse is not None else {},
     )  # fmt: skip
     stack.new_cache()  # says now whether there is anything to compress
     try:
@@ -180,6 +186,16 @@ def _check_options(method: Any, page: Any, limit: Any, chunks: str, attention: s
         raise ValueError(
             f"compress: {name} looks at queries, which attention='model' does not see; use attention='paged'"
         )
+    if attention == "model" and (method.formats or method.rotation != "none"):
+        raise ValueError(f"compress: {name} quantizes or rotates pages, which needs attention='paged'")
+    if method.rerotates and (method.formats or method.rotation != "none"):
+        raise ValueError(
+            f"compress: {name} moves keys to other positions, where quantized or rotated ones cannot go"
+        )
+    if len(method.formats) > MAX_PAGE_TYPES:
+        raise ValueError(
+            f"compress: {name} must have at most {MAX_PAGE_TYPES} formats, got {len(method.formats)}"
+        )
     if attention == "model" and method.rerotates:
         raise ValueError(f"compress: {name} rotates keys, which needs attention='paged'")
 
@@ -216,6 +232,14 @@ def _frequencies(decoder: nn.Module) -> dict[int, Tensor]:
         for layer, kind in enumerate(kinds)
         if kind == "full_attention"
     }
+
+
+def _known_frequencies(decoder: nn.Module) -> dict[int, Tensor]:
+    """Those of a decoder whose keys are known to be rotated, and how; none of any other."""
+    try:
+        return _frequencies(decoder)
+    except ValueError:
+        return {}
 
 
 def _switch_attention(stack: Stack) -> None:
@@ -285,7 +309,7 @@ def paged_attention(
     if attention_mask is not None or dropout > 0:
         what = "dropout" if dropout > 0 else "masks other than padding and the future"
         raise ValueError(f"compress: {what} cannot be had with a compressed cache")
-    from tokencomp.cache.layer import Rule
+    from tokencomp.cache.forward import Rule
 
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     output = cache.attend(layer, query, key, value, Rule(scale, softcap, s_aux))

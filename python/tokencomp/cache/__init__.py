@@ -6,11 +6,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from tokencomp.cache.forward import Decoded, Forward, Packing, forward_of
+from tokencomp.cache.forward import Decoded, Forward, Packing, Rule, forward_of
 from tokencomp.cache.keep_all import KeepAll
-from tokencomp.cache.layer import Events, Layer, Rule
-from tokencomp.cache.memory import LayerMemory, Memory
+from tokencomp.cache.layer import Events, Layer
+from tokencomp.cache.memory import LayerMemory, Memory, PagesMemory
 from tokencomp.cache.pool import Pool, page_size
+from tokencomp.cache.sparse import Reader, SparseEvents
 from tokencomp.cache.store import LayerStore
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ __all__ = [
     "Memory",
     "Packing",
     "PagedKVCache",
+    "PagesMemory",
     "Pool",
+    "Reader",
     "Rule",
+    "SparseEvents",
     "forward_of",
     "page_size",
 ]

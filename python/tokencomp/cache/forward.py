@@ -80,6 +80,14 @@ def _packing(real: Tensor, *, to_end: bool) -> Packing:
     return Packing(order, place, real, starts.to(torch.int32), counts.to(torch.int32))
 
 
+class Rule(NamedTuple):
+    """How a layer attends."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 class Decoded(NamedTuple):
     """What attention over the slots computed; see ``ops.paged_decode``."""
 

@@ -1,9 +1,10 @@
 """The method that evicts nothing: a paged cache and no more."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from tokencomp.methods.kv import Keep, KVView, Side
+from tokencomp.methods.kv import Keep, KVView, PageSpec, Side
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,8 @@ class KeepAll:
     needs_lse: bool = False
     queries: int = 0
     rerotates: bool = False
+    formats: Sequence[PageSpec] = ()
+    rotation: Literal["none", "keys", "both"] = "none"
 
     @property
     def sides(self) -> Mapping[str, Side]:

@@ -3,27 +3,20 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tokencomp import attention
-from tokencomp.cache.forward import Forward
+from tokencomp import attention, ops
+from tokencomp.cache.forward import Forward, Rule
 from tokencomp.cache.keep_all import KeepAll
 from tokencomp.cache.pool import Ints, Pool
+from tokencomp.cache.sparse import Reader
 from tokencomp.cache.store import LayerStore
 from tokencomp.methods.kv import Keep, KVMethod, KVView
 
 Chunks = Literal["each", "last"]
-
-
-class Rule(NamedTuple):
-    """How a layer attends."""
-
-    scale: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 @dataclass
@@ -73,12 +66,23 @@ class Layer:
         self.events = Events()
         self.inv_freq: Tensor | None = None  # where the method rotates kept keys
         self.across: Callable[[Tensor], Tensor] | None = None  # see ``KVView``
+        self.reader: Reader | None = None  # where a method restricts what is read
         self._owes = False  # a prompt was stored whole, and the eviction is still to come
 
     # ---- a forward ---------------------------------------------------------------------------------------
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, what: Forward, rule: Rule, pool: Pool) -> Tensor:
         """Store the tokens of a forward and attend: ``[B, Hq, T, Dv]`` of ``q`` ``[B, Hq, T, D]``."""
+        rotation = self.method.rotation
+        if rotation == "none":
+            return self._forward(q, k, v, what, rule, pool)
+        _check_rotation(self.method, k, v)
+        q, k = ops.hadamard(q), ops.hadamard(k)
+        if rotation == "keys":
+            return self._forward(q, k, v, what, rule, pool)
+        return ops.hadamard(self._forward(q, k, ops.hadamard(v), what, rule, pool))
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, what: Forward, rule: Rule, pool: Pool) -> Tensor:
         store = self._store(k, pool)
         packing = what.packing
         if packing is None:
@@ -121,6 +125,10 @@ class Layer:
             return self._step(store, q, k, v, what, rule)
         if store.size:
             return self._chunk(store, q, k, v, what, rule)
+        read = None if self.reader is None else self.reader.prompt(q, k, v, None, what, rule)
+        if read is not None:
+            self._first(store, q, k, v, what, rule, None)
+            return read
         result = attention.attend(
             q, k, v, is_causal=True, scale=rule.scale, enable_gqa=True, softcap=rule.softcap,
             sinks=rule.sinks, return_lse=self.method.needs_lse,
@@ -133,7 +141,10 @@ class Layer:
             self._settle(store, q[:, :, :0], what, rule)
         self._append(store, k, v, what)
         wanted = not self.idle and self.method.needs_logits
-        found = store.decode(q, scale=rule.scale, softcap=rule.softcap, sinks=rule.sinks, logits=wanted)
+        if self.reader is None:
+            found = store.decode(q, scale=rule.scale, softcap=rule.softcap, sinks=rule.sinks, logits=wanted)
+        else:
+            found = self.reader.step(store, q, what, rule, wanted)
         if not self.idle:
             begin = time.perf_counter()
             view = self._view(store, q, what, rule)
@@ -167,7 +178,7 @@ class Layer:
             view.size, view.lse = k.shape[2], lse
             view.keys, view.values = lambda: k, lambda: v
             keep = self._asked(view)
-        if self.index == 0:
+        if self.index == 0 and store.tiers is None:
             self._expect(store, what)
         if keep is None or keep.merge is not None:
             self._append(store, k, v, what)
@@ -177,6 +188,8 @@ class Layer:
             gone = store.fill(k, v, keep, what.seen, self.inv_freq)
             self.events.evictions += gone > 0
             self.events.evicted += gone
+        if self.index == 0 and store.tiers is not None:
+            store.expect(self.layers - 1)
         self.events.prompt = store.host_lengths.copy()
         self.events.seconds += time.perf_counter() - begin
 
@@ -190,15 +203,19 @@ class Layer:
 
     def _chunk(self, store: LayerStore, q: Tensor, k: Tensor, v: Tensor, what: Forward, rule: Rule) -> Tensor:
         """A prompt on top of what is held."""
-        keys, values = (torch.cat(pair, 2) for pair in zip(store.gather(), (k, v), strict=True))
-        held = store.host_lengths.copy()
+        held, output, lse = store.host_lengths.copy(), None, None
+        if self.reader is not None:
+            keys, values = (torch.cat(pair, 2) for pair in zip(store.gather(), (k, v), strict=True))
+            output = self.reader.prompt(q, keys, values, held, what, rule)
         self._append(store, k, v, what)
-        output, lse = _attend_behind(q, keys, values, held, rule, self.method.needs_lse)
+        if output is None:
+            counts = None if what.packing is None else what.packing.counts
+            output, lse = store.prefill(
+                q, counts, scale=rule.scale, softcap=rule.softcap, sinks=rule.sinks
+            )  # fmt: skip
         if not self.idle:
             view = self._view(store, q, what, rule)
-            view.lse = lse
-            if what.packing is None and (held == store.size - k.shape[2]).all():
-                view.keys, view.values = lambda: keys, lambda: values
+            view.lse = lse if self.method.needs_lse else None
             self._after_prompt(store, view, what)
         return output
 
@@ -233,6 +250,8 @@ class Layer:
 
     def _evict(self, store: LayerStore, keep: Keep, seen: Ints) -> None:
         gone = store.compact(keep, seen, self.inv_freq)
+        if self.reader is not None:
+            self.reader.moved()
         self.events.evictions += gone > 0
         self.events.evicted += gone
 
@@ -252,6 +271,7 @@ class Layer:
             values=lambda: dense(1), softcap=rule.softcap, starts=None if packing is None else packing.starts,
             counts=None if packing is None else packing.counts, state=store.state, scratch=store.scratch,
             page=store.pool.page, slot_bytes=store.slot_bytes, across=self.across,
+            kind=None if store.tiers is None else store.kinds,
         )  # fmt: skip
         view._store = store
         return view
@@ -275,43 +295,32 @@ class Layer:
         """Back to ``seen[b]`` tokens of each sequence; what was evicted does not come back."""
         if self.store is not None:
             self.store.crop(seen)
+            if self.reader is not None:
+                self.reader.cropped(self.store)
+
+    def select(self, rows: Tensor) -> None:
+        """Sequence i becomes a copy of what sequence ``rows[i]`` was."""
+        if self.store is not None:
+            self.store.select(rows)
+            if self.reader is not None:
+                self.reader.select(rows)
 
     def reset(self) -> None:
         """Nothing is held, and the method remembers nothing."""
         if self.store is not None:
             self.store.release()
         self.store, self._owes = None, False
+        if self.reader is not None:
+            self.reader.reset()
 
 
-def _attend_behind(
-    q: Tensor, keys: Tensor, values: Tensor, held: Ints, rule: Rule, lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of T rows to the last T of ``keys`` and, before these, the first ``held[b, h]``."""
-    rows, size = q.shape[2], keys.shape[2] - q.shape[2]
-    heads, group = keys.shape[1], q.shape[1] // keys.shape[1]
-    options: dict[str, Any] = {
-        "is_causal": True, "scale": rule.scale, "enable_gqa": True, "softcap": rule.softcap, "return_lse": lse
-    }  # fmt: skip
-    if (held == size).all():
-        result = attention.attend(q, keys, values, sinks=rule.sinks, **options)
-        return result.output, result.lse
-    slot = torch.arange(size + rows, device=q.device)
-    seen = (slot < torch.from_numpy(held).to(q.device)[..., None]) | (slot >= size)  # [B, Hkv, S]
-    if (held == held[:, :1]).all():
-        result = attention.attend(q, keys, values, sinks=rule.sinks, key_mask=seen[:, 0], **options)
-        return result.output, result.lse
-    parts = []
-    for head in range(heads):
-        own = slice(head * group, (head + 1) * group)
-        sinks = None if rule.sinks is None else rule.sinks[own]
-        kv = slice(head, head + 1)
-        parts.append(
-            attention.attend(
-                q[:, own], keys[:, kv], values[:, kv], sinks=sinks, key_mask=seen[:, head], **options
+def _check_rotation(method: KVMethod, k: Tensor, v: Tensor) -> None:
+    for name, x in (("keys", k), ("values", v)):
+        if x.shape[3] & (x.shape[3] - 1) and method.rotation in (name, "both"):
+            raise ValueError(
+                f"compress: {type(method).__name__} rotates {name}, whose head dimension must be a power "
+                f"of two, got {x.shape[3]}"
             )
-        )
-    output = torch.cat([part.output for part in parts], 1)
-    return output, torch.cat([part.lse for part in parts if part.lse is not None], 1) if lse else None
 
 
 def _to_end(store: LayerStore, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """``PagedKVCache``: pages, rows and methods as a cache of transformers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,82 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from tokencomp.cache.forward import Forward, forward_of
-from tokencomp.cache.layer import Chunks, Layer, Rule
+from tokencomp.cache.forward import Forward, Rule, forward_of
+from tokencomp.cache.layer import Layer
 from tokencomp.cache.memory import LayerMemory, Memory, give_back, of_layer, of_pools
-from tokencomp.cache.pool import Ints, Pool, page_size
-from tokencomp.methods.kv import KVMethod
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all caches of one compressed model have in common."""
-
-    method: KVMethod
-    owner: Any  # a weak reference to the decoder they are for
-    chunks: Chunks = "each"
-    page: int | None = None  # slots; None: as the device likes
-    limit: int | None = None  # bytes of all pages of a cache
-    store_only: bool = True  # attention is ours and reads the pages; False: it is handed all keys and values
-    inv_freq: dict[int, Tensor] = field(default_factory=dict)  # of each layer, where the method rotates
-    active: Callable[[], bool] = lambda: True  # whether the model is compressed still
-    across: Callable[[Tensor], Tensor] | None = None  # see ``KVView``
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Plan":
-        return self
-
-    def fits(self, other: "Plan") -> bool:
-        """Whether a cache made for ``other`` may go on under this plan."""
-        same = (self.method, self.chunks, self.store_only) == (other.method, other.chunks, other.store_only)
-        return same and self.owner() is other.owner()
-
-
-@dataclass
-class State:
-    """What the layers of one cache share."""
-
-    plan: Plan
-    columns: int = 0  # of all forwards, padding included
-    steps: int = 0  # decode forwards
-    seen: Ints = field(default_factory=lambda: np.zeros(0, np.int32))  # [B] tokens of each sequence
-    prompt: Ints = field(default_factory=lambda: np.zeros(0, np.int32))  # of the first forward
-    pools: dict[Any, Pool] = field(default_factory=dict)
-    padding: list[tuple[int, Tensor]] = field(default_factory=list)  # first column, [B, T] real ones
-    current: Forward | None = None  # the forward that is going on
-    pending: "PagedLayer | None" = None  # updated, and not yet attended to
-
-    def update(self, layer: "PagedLayer", k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.current is None or not self.plan.active():
-            raise RuntimeError(
-                "PagedKVCache: this cache works only with the model it was made for, while that is compressed"
-            )
-        if not self.plan.store_only:
-            return layer.layer.append(k, v, self.current, self.pool(layer, k, v))
-        self.check_consumed()
-        self.pending = layer
-        return k, v
-
-    def check_consumed(self) -> None:
-        if self.pending is not None:
-            raise RuntimeError(
-                f"PagedKVCache: the attention of layer {self.pending.number} did not go through "
-                "transformers' AttentionInterface, so nothing was stored; try attention='model'"
-            )
-
-    def pool(self, layer: "PagedLayer", k: Tensor, v: Tensor) -> Pool:
-        store = layer.layer.store
-        if store is not None:
-            if (store.pool.device, store.pool.dtype) != (k.device, k.dtype):
-                raise ValueError(
-                    f"PagedKVCache: it is {store.pool.dtype} on {store.pool.device}, got {k.dtype} on "
-                    f"{k.device}; move it with to(device)"
-                )
-            return store.pool
-        page = self.plan.page or page_size(k.device)
-        key = (page, k.shape[3], v.shape[3], k.dtype, k.device)
-        if key not in self.pools:
-            self.pools[key] = Pool(*key, limit=self.plan.limit)
-        return self.pools[key]
+from tokencomp.cache.pool import Ints
+from tokencomp.cache.sparse import Reader, reorder, to_device
+from tokencomp.cache.state import Plan, State
 
 
 class PagedLayer(CacheLayerMixin):
@@ -146,8 +75,7 @@ class PagedLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequences become copies of others, sharing pages."""
-        if self.layer.store is not None:
-            self.layer.store.select(beam_idx)
+        self.layer.select(beam_idx)
 
     batch_select_indices = reorder_cache
 
@@ -186,6 +114,9 @@ class PagedKVCache(Cache):
         for i, place in enumerate(places):
             layer = Layer(i, len(places), plan.method, plan.chunks)
             layer.inv_freq, layer.across = plan.inv_freq.get(place), plan.across
+            if plan.sparse is not None:
+                rotary = plan.rotary.get(place)
+                layer.reader = Reader(plan.sparse, i, len(places), self.state.shared, rotary)
             self.paged.append(PagedLayer(self.state, layer, place))
             self.layers[place] = self.paged[-1]
 
@@ -199,7 +130,7 @@ class PagedKVCache(Cache):
             if not plan.fits(cache.state.plan):
                 raise ValueError(
                     "compress: this cache was made for another model, method or setting "
-                    f"({cache.state.plan.method}); start with a new one"
+                    f"({cache.state.plan.name}); start with a new one"
                 )
             cache.state.plan = plan
             return cache
@@ -320,6 +251,7 @@ class PagedKVCache(Cache):
         super().reset()  # type: ignore[no-untyped-call]
         self.state.columns, self.state.steps, self.state.seen = 0, 0, np.zeros(0, np.int32)
         self.state.padding.clear()
+        self.state.shared.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes a copy of sequence ``beam_idx[i]``; pages are shared until written."""
@@ -340,6 +272,7 @@ class PagedKVCache(Cache):
     def _select(self, rows: Tensor) -> None:
         if self.state.columns:
             order = rows.cpu()
+            reorder(self.state.shared, rows)
             self.state.seen = self.state.seen[order.numpy()]
             self.state.padding = [(first, real[order.to(real.device)]) for first, real in self.state.padding]
 
@@ -371,11 +304,13 @@ class PagedKVCache(Cache):
     def to(self, device: torch.device | str) -> "PagedKVCache":
         """Move everything to ``device``, in place."""
         target = torch.device(device)
-        moved = {id(pool): pool.to(target) for pool in self.state.pools.values()}
-        self.state.pools = {(*key[:-1], target): moved[id(pool)] for key, pool in self.state.pools.items()}
+        to_device(self.state.shared, target)
+        moved = self.state.move(target)
         for paged in self.paged:
             if paged.layer.store is not None:
                 paged.layer.store = paged.layer.store.on(moved[id(paged.layer.store.pool)])
+            if paged.layer.reader is not None:
+                paged.layer.reader.to(target)
         for layer in self.layers:
             if type(layer) is not PagedLayer:
                 for name, value in vars(layer).items():

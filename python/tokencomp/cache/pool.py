@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
-from typing import Any, TypeAlias
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -10,6 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokencomp._host import PagePool
+from tokencomp.methods.kv import PageSpec
+from tokencomp.ops.kvquant_pages import PageFormat, kv_pages_repack
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Ints: TypeAlias = NDArray[np.int32]
 
@@ -22,40 +30,52 @@ def page_size(device: torch.device) -> int:
     return PAGE_CUDA if device.type == "cuda" else PAGE_CPU
 
 
-class Pool:
-    """Pages of ``page`` slots each; a page holds keys and values of one (sequence, kv head) of any layer.
+class Account:
+    """The bytes that several pools together may hold; ``limit`` None: as many as there are."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.pools: weakref.WeakSet[Pages] = weakref.WeakSet()
+
+    def left_for(self, pool: "Pages") -> int | None:
+        """Pages that ``pool`` may have, beside the other pools as they are."""
+        if self.limit is None:
+            return None
+        others = sum(other.capacity * other.page_bytes for other in self.pools if other is not pool)
+        return max(0, self.limit - others) // pool.page_bytes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Account":
+        """For other pools, which are still to come."""
+        return Account(self.limit)
+
+
+class Pages:
+    """Pages of ``page`` slots each, one tensor with a page a row, and the book of who uses which.
 
     Args:
         page: slots of a page, 16, 32 or 64.
-        width: D, channels of a key.
-        value_width: Dv, channels of a value.
-        dtype: of both.
+        elements: of a page.
+        dtype: of these.
         device: of the pages.
-        limit: bytes that are never exceeded; None: no limit.
+        account: of the bytes that this and other pools may hold.
     """
 
     def __init__(
-        self,
-        page: int,
-        width: int,
-        value_width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        limit: int | None = None,
+        self, page: int, elements: int, dtype: torch.dtype, device: torch.device, account: Account
     ) -> None:
         if page not in (16, 32, 64):
             raise ValueError(f"cache: page must be 16, 32 or 64 slots, got {page}")
-        self.page, self.width, self.value_width = page, width, value_width
-        self.dtype, self.device, self.limit = dtype, device, limit
-        self.page_bytes = page * (width + value_width) * dtype.itemsize
+        self.page, self.dtype, self.device, self.account = page, dtype, device, account
+        self.page_bytes = elements * dtype.itemsize
         self.book = PagePool(0)
         self._peak = 0  # of books before this one
-        self._use(torch.empty(0, page * (width + value_width), dtype=dtype, device=device))
+        self._use(torch.empty(0, elements, dtype=dtype, device=device))
+        account.pools.add(self)
 
     @property
     def capacity(self) -> int:
         """Pages there are."""
-        return self._data.shape[0]
+        return self.data.shape[0]
 
     @property
     def peak(self) -> int:
@@ -70,24 +90,28 @@ class Pool:
         wanted = self.book.in_use + pages
         if wanted <= self.capacity:
             return
-        most = None if self.limit is None else self.limit // self.page_bytes
+        most = self.account.left_for(self)
         if most is not None and wanted > most:
-            raise MemoryError(f"cache: {self._wants(pages)}; the limit of {self.limit} bytes is {most} pages")
+            raise MemoryError(
+                f"cache: {self._wants(pages)}; the limit of {self.account.limit} bytes is {most} pages"
+            )
         grown = wanted + wanted // SLACK if slack else wanted
-        grown = grown if most is None else min(grown, most)
+        if most is not None:  # half of what is left, for other pools may need it too
+            grown = min(grown, wanted + (most - wanted) // 2)
         try:
-            data = torch.empty(grown, self._data.shape[1], dtype=self.dtype, device=self.device)
+            data = torch.empty(grown, self.data.shape[1], dtype=self.dtype, device=self.device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             raise MemoryError(
                 f"cache: {self._wants(pages)}, and {self.device} has no room: {error}"
             ) from error
-        data[: self.capacity] = self._data
+        data[: self.capacity] = self.data
         self._use(data)
         self.book.grow(grown)
 
     def expect(self, pages: int) -> None:
         """Have room for ``pages`` more, if there is any to be had, so that it need not grow step by step."""
-        most = pages if self.limit is None else self.limit // self.page_bytes - self.book.in_use
+        most = self.account.left_for(self)
+        most = pages if most is None else most - self.book.in_use
         with contextlib.suppress(MemoryError):
             self.reserve(max(0, min(pages, most)))
 
@@ -106,7 +130,7 @@ class Pool:
         used = np.flatnonzero(uses)
         if self.capacity <= len(used) + len(used) // 8:
             return None
-        data = self._data[torch.from_numpy(used).to(self.device)]
+        data = self.data[torch.from_numpy(used).to(self.device)]
         self._peak, self.book = self.peak, _book(uses[used])
         self._use(data)
         number = np.zeros(len(uses), np.int32)
@@ -115,32 +139,113 @@ class Pool:
 
     def copy_pages(self, source: Ints, target: Ints) -> None:
         """The contents of pages ``source`` into pages ``target``."""
-        self._data[torch.from_numpy(target).to(self.device)] = self._data[
+        self.data[torch.from_numpy(target).to(self.device)] = self.data[
             torch.from_numpy(source).to(self.device)
         ]
 
-    def to(self, device: torch.device) -> "Pool":
-        """The same pages, with their numbers, on another device."""
+    def to(self, device: torch.device, account: Account | None = None) -> "Self":
+        """The same pages, with their numbers, on another device; ``account``: another than one of its own."""
         moved = copy.copy(self)
-        moved.device = device
+        moved.device, moved.account = device, Account(self.account.limit) if account is None else account
+        moved.account.pools.add(moved)
         moved.book = _book(self.book.refcount(np.arange(self.capacity, dtype=np.int32)))
-        moved._use(self._data.to(device, copy=True))
+        moved._use(self.data.to(device, copy=True))
         return moved
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Pool":
-        return self.to(self.device)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Self":
+        return self.to(self.device, copy.deepcopy(self.account, memo))
 
     def _use(self, data: Tensor) -> None:
-        self._data = data
-        keys = self.page * self.width
-        self.k_pages = data[:, :keys].unflatten(1, (1, self.page, self.width))
-        self.v_pages = data[:, keys:].unflatten(1, (1, self.page, self.value_width))
+        self.data = data
 
     def _wants(self, pages: int) -> str:
         return (
             f"{pages} more pages of {self.page} slots ({pages * self.page_bytes} bytes) are needed where "
             f"{self.book.in_use} of {self.capacity} are in use"
         )
+
+
+class Pool(Pages):
+    """Pages in the working dtype; a page holds keys and values of one (sequence, kv head) of any layer.
+
+    Args:
+        page: slots of a page, 16, 32 or 64.
+        width: D, channels of a key.
+        value_width: Dv, channels of a value.
+        dtype: of both.
+        device: of the pages.
+        limit: bytes that are never exceeded, those of the quantized pages included; None: no limit. Or an
+            account that other pools have a share in.
+        formats: types of quantized pages that slots of these pages are demoted to.
+    """
+
+    def __init__(
+        self,
+        page: int,
+        width: int,
+        value_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        limit: int | Account | None = None,
+        formats: Sequence[PageSpec] = (),
+    ) -> None:
+        account = limit if isinstance(limit, Account) else Account(limit)
+        self.width, self.value_width = width, value_width
+        super().__init__(page, page * (width + value_width), dtype, device, account)
+        if formats and width != value_width:
+            raise ValueError(
+                f"cache: keys and values of quantized pages must have the same width, got {width} and "
+                f"{value_width}"
+            )
+        self.quantized = tuple(
+            QuantizedPool(format_of(spec, page, width, device), device, account) for spec in formats
+        )
+
+    def to(self, device: torch.device, account: Account | None = None) -> "Self":
+        """Those of the quantized pages too."""
+        moved = super().to(device, account)
+        moved.quantized = tuple(pool.to(device, moved.account) for pool in self.quantized)
+        return moved
+
+    def _use(self, data: Tensor) -> None:
+        super()._use(data)
+        keys = self.page * self.width
+        self.k_pages = data[:, :keys].unflatten(1, (1, self.page, self.width))
+        self.v_pages = data[:, keys:].unflatten(1, (1, self.page, self.value_width))
+
+
+class QuantizedPool(Pages):
+    """Pages of one format, which nobody writes to once they are there."""
+
+    def __init__(self, page: PageFormat, device: torch.device, account: Account) -> None:
+        self.format = page
+        super().__init__(page.tokens, page.page_bytes, torch.uint8, device, account)
+
+    def to(self, device: torch.device, account: Account | None = None) -> "Self":
+        """In the layout of that device."""
+        moved = super().to(device, account)
+        moved.format = replace(self.format, layout=layout_of(device))
+        moved._use(kv_pages_repack(moved.data, self.format, moved.format.layout))
+        return moved
+
+
+def layout_of(device: torch.device) -> Literal["linear", "mma16"]:
+    """The layout of quantized pages that operators read there."""
+    return "mma16" if device.type == "cuda" else "linear"
+
+
+def format_of(spec: PageSpec, page: int, width: int, device: torch.device) -> PageFormat:
+    """``spec`` for pages of so many tokens and channels."""
+    groups = {
+        which: min(group, width if axis == "token" else page)
+        for which, axis, group in (
+            ("group_k", spec.k_axis, spec.k_group),
+            ("group_v", spec.v_axis, spec.v_group),
+        )
+    }
+    return PageFormat(
+        spec.k, spec.v, page, width, spec.k_axis, spec.v_axis, layout=layout_of(device), **groups
+    )
 
 
 def _book(uses: Ints) -> PagePool:

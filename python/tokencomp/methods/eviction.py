@@ -6,14 +6,14 @@ A method is a scorer (what a slot is worth), a budget of each layer and head, an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from tokencomp import ops
 from tokencomp.methods import kv
-from tokencomp.methods.kv import Keep, KVView, MergeSpec, Side
+from tokencomp.methods.kv import Keep, KVView, MergeSpec, PageSpec, Side
 from tokencomp.recipes.common import require
 
 EVERY_HELP = "decode steps between evictions, by which a row grows; 0: only prompts are compressed"
@@ -48,6 +48,16 @@ class Evicting:
     def rerotates(self) -> bool:
         """See ``KVMethod``."""
         return False
+
+    @property
+    def formats(self) -> Sequence[PageSpec]:
+        """See ``KVMethod``."""
+        return ()
+
+    @property
+    def rotation(self) -> Literal["none", "keys", "both"]:
+        """See ``KVMethod``."""
+        return "none"
 
     @property
     def sides(self) -> Mapping[str, Side]:
@@ -201,6 +211,16 @@ class Wrapper(Evicting):
     def rerotates(self) -> bool:
         """The method's."""
         return self.method.rerotates
+
+    @property
+    def formats(self) -> Sequence[PageSpec]:
+        """The method's."""
+        return self.method.formats
+
+    @property
+    def rotation(self) -> Literal["none", "keys", "both"]:
+        """The method's."""
+        return self.method.rotation
 
     @property
     def sides(self) -> Mapping[str, Side]:

@@ -5,7 +5,10 @@ Methods know tensors and ``tokencomp.ops`` only; caches know methods only throug
 
 Tokens live in slots. Row (b, h), sequence b and kv head h, has ``lengths[b, h]`` of them, in ascending order
 of original position; padding is never stored. Heads of a sequence may hold different tokens, and different
-numbers of them.
+numbers of them. Where pages are quantized the order is: one page of the first tokens that are not, if these
+are older than all that are and more than a page; the quantized pages as they came; the other tokens that are
+not. So first slots are first tokens, last slots the newest (but for those in that one page), and ``position``
+tells the rest.
 """
 
 import math
@@ -16,6 +19,9 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 
 import torch
 from torch import Tensor
+
+from tokencomp.ops.kvquant import Axis
+from tokencomp.ops.kvquant_pages import Tier
 
 Budget: TypeAlias = int | float | str
 BUDGET_HELP = "slots kept per kv head: a count, a share of the tokens seen in (0, 1], or bytes like '2GiB'"
@@ -53,6 +59,9 @@ class KVView:
     page: int = 1  # slots of a page
     slot_bytes: int = 0  # key and value of one slot of one kv head
     across: Callable[[Tensor], Tensor] | None = None  # mean over the processes that share the layer's heads
+    kind: Callable[[], Tensor] | None = (
+        None  # [B, Hkv, C] int32: in which page type a slot is; None: all in 0
+    )
 
     @property
     def rows(self) -> int:
@@ -88,14 +97,50 @@ class MergeSpec:
 
 
 @dataclass(frozen=True)
+class PageSpec:
+    """How quantized pages of one type are stored, whatever the device and the head dimension.
+
+    A group of -1 is all channels of a token, or all tokens of a page; others are cut to what there is.
+    """
+
+    k: Tier
+    v: Tier
+    k_axis: Axis = "channel"
+    v_axis: Axis = "token"
+    k_group: int = -1
+    v_group: int = -1
+
+
+class ChannelMaps(NamedTuple):
+    """Per-channel maps ``[B, Hkv, D]`` float32 with which quantized pages of a row are written; see
+    ``ops.kv_page_write_``. Constant from the first quantized page of a row on.
+    """
+
+    k_scale: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_scale: Tensor | None = None
+    v_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Keep:
-    """The slots that stay; all others of the row go."""
+    """The slots that stay; all others of the row go.
+
+    ``kind`` says in which page type each should be: 0 the working dtype, i as ``KVMethod.formats[i - 1]``.
+    Quantized pages are whole: of what a row newly moves into a type, the store takes the largest multiple of
+    a page, oldest tokens first, and the rest stays as it is until the next time. A quantized slot stays as
+    it is whatever ``kind`` says (nothing is quantized twice), and goes only when all slots of its page go;
+    ``count`` is an upper bound then. A token with a channel that no grid can hold (NaN, infinite, or beyond
+    fp16 after the maps) stays in the working dtype. Slots cannot be merged once a page is quantized.
+    """
 
     index: Tensor  # [B, Hkv, K] int32 slots, ascending, then -1
     count: Tensor  # [B, Hkv] int32, how many
     merge: MergeSpec | None = None
     ragged: bool = False  # False: count is min(K, lengths) everywhere, which the host knows
     whole_pages: bool = False  # what goes are whole pages, full ones: their table entries may just be dropped
+    kind: Tensor | None = None  # [B, Hkv, K] int32 by rank in ``index``; None: all 0
+    maps: ChannelMaps | None = None  # with the first slots that are quantized; later ones are not looked at
 
 
 class Side(NamedTuple):
@@ -137,6 +182,16 @@ class KVMethod(Protocol):
     def rerotates(self) -> bool:
         """Whether kept keys are rotated to positions 0, 1, ... of their slots; new tokens count on from
         there.
+        """
+
+    @property
+    def formats(self) -> Sequence[PageSpec]:
+        """Types of quantized pages, at most 7; none where the method quantizes nothing."""
+
+    @property
+    def rotation(self) -> Literal["none", "keys", "both"]:
+        """Whether keys, or keys and values, are stored times a Hadamard matrix (``ops.hadamard``), which
+        spreads outliers over the channels. Views then show rotated queries, keys and values.
         """
 
     @property

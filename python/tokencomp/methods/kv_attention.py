@@ -5,7 +5,7 @@ is a batch item of its own here, with the G query heads of its group: ``R = B * 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,28 +65,36 @@ def received(
     *,
     gamma: float = 1.0,
     newest: int = 0,
+    row_weight: Tensor | None = None,
     heads: Heads = "kv_sum",
+    reduce: Literal["sum", "max"] = "sum",
     power: int = 1,
 ) -> Tensor:
     """``[B, Hkv, size]`` float32: the attention each slot received from the queries of this forward.
 
-    ``sum_t gamma ** age_t P[t, j] ** power``, of the G heads of a group reduced as ``heads`` says.
+    ``sum_t gamma ** age_t P[t, j] ** power`` (or the largest of them), of the G heads of a group reduced as
+    ``heads`` says.
 
     Args:
         gamma: forgetting factor in (0, 1]; ``newest`` > 0 counts that many newest queries only.
+        row_weight: ``[B, T]``, besides; 0 at padding.
     """
     rows = rows_of(view, newest)
     if rows.q.shape[2] == 0:
         return view.q.new_zeros((*view.lengths.shape, view.size), dtype=torch.float32)
     counted = (rows.age >= 0) & (rows.age < newest) if newest else rows.age >= 0
     weight = torch.where(counted, gamma ** rows.age.clamp(min=0).double(), 0.0).float()
+    if row_weight is not None:
+        weight = weight * row_weight.repeat_interleave(view.lengths.shape[1], 0)
     k = row_keys(view)
     sides = _sides(view, rows)
     if view.lse is None:
         lse = ops.attention_lse(rows.q, k, **sides)
     else:
         lse = grouped(view, view.lse[:, :, view.lse.shape[2] - rows.q.shape[2] :])
-    score = ops.column_score(rows.q, k, lse, row_weight=weight, heads=heads, power=power, **sides)
+    score = ops.column_score(
+        rows.q, k, lse, row_weight=weight, rows=reduce, heads=heads, power=power, **sides
+    )
     return by_head(view, score[:, 0])
 
 
@@ -148,6 +156,16 @@ def step_logits(view: KVView) -> tuple[Tensor, Tensor]:
         for t in range(rows)
     ]
     return torch.stack([logits for logits, _ in each], 2), torch.stack([lse for _, lse in each], 2)
+
+
+def last_received(view: KVView, reduce: Literal["sum", "max"] = "sum") -> Tensor:
+    """``[B, Hkv, size]`` float32: the attention each slot received from the newest query of a decode step, of
+    the heads of a group the sum or the largest.
+    """
+    logits, lse = step_logits(view)
+    p = (logits[:, :, -1].float() - lse[:, :, -1:].float()).exp()
+    p = p.amax(1) if reduce == "max" else p.sum(1)
+    return by_head(view, p[:, : view.size])
 
 
 def remember_queries(view: KVView, window: int) -> None:
