@@ -270,3 +270,82 @@ def test_lists_compile_without_graph_breaks() -> None:
     q, k = torch.randn(1, 2, 256, 8), torch.randn(1, 2, 256, 8)
     got = torch.compile(build, fullgraph=True, backend="aot_eager")(q, k)
     assert all(torch.equal(a, b) for a, b in zip(got, build(q, k), strict=True))
+
+
+# --- sequences of their own length --------------------------------------------------------------------------
+
+
+def test_ragged_sequences_have_the_blocks_that_they_have_alone() -> None:
+    """200 rows behind 28 keys; of the second sequence 100 are tokens, of the third none."""
+    device, keys = torch.device("cpu"), 228
+    first, lengths = torch.full((3,), 28), torch.tensor([228, 128, 28])
+    for whole in (block_lists.causal_blocks, block_lists.diagonal_blocks):
+        found = whole(200, keys, 64, 64, device, first, lengths)
+        assert found.shape == (3, 1, 4, 4)
+        assert torch.equal(found[0, 0], whole(200, keys, 64, 64, device))
+        assert torch.equal(found[1, 0, :2, :2], whole(100, 128, 64, 64, device))
+        assert not found[1, 0, 2:].any()
+        assert not found[2].any()
+    low, high = block_lists.block_positions(200, keys, 64, device, first, lengths)
+    assert low[:, 0].tolist() == [[28, 92, 156, 220]] * 3
+    assert high[:, 0].tolist() == [[91, 155, 219, 227], [91, 127, 127, 127], [27] * 4]
+
+
+def test_local_blocks_of_heads() -> None:
+    low, high = block_lists.block_positions(256, 256, 64, torch.device("cpu"))
+    window, sinks = torch.tensor([[1, 65]]), torch.tensor([[0, 65]])
+    found = block_lists.local_blocks(low, high, 256, 64, window, sinks).int().tolist()
+    assert found[0][0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert found[0][1] == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    starts = torch.tensor([70])
+    late = block_lists.local_blocks(low, high, 256, 64, 1, 65, starts).int().tolist()
+    assert late[0][0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
+
+
+def test_shares_and_counts_of_heads() -> None:
+    scores = torch.rand(2, 3, 4, 5)
+    share = torch.tensor([[0.2, 0.5, 1.0], [0.9, 0.1, 0.6]])
+    counts = torch.tensor([[1, 2, 9], [0, 3, 5]])
+    everything = torch.ones(4, 5, dtype=torch.bool)
+    taken = block_lists.topp_blocks(scores, share)
+    best = block_lists.topk_blocks(scores, counts, visible=everything)
+    for b in range(2):
+        for h in range(3):
+            own = scores[b : b + 1, h : h + 1]
+            assert torch.equal(taken[b : b + 1, h : h + 1], block_lists.topp_blocks(own, float(share[b, h])))
+            assert best[b, h].sum(1).tolist() == [min(int(counts[b, h]), 5)] * 4
+    assert (taken[0, 2] == (scores[0, 2] > 0)).all()
+
+
+def test_padding_is_not_pooled() -> None:
+    x = torch.randn(2, 1, 150, 4)
+    x[0, :, 100:], x[1, :, :70] = torch.nan, torch.nan
+    for mode in ("mean", "min", "max"):
+        got = block_lists.block_pool(x, 64, mode, torch.tensor([100, 150]), torch.tensor([0, 70]))
+        torch.testing.assert_close(got[0, :, :2], block_lists.block_pool(x[:1, :, :100], 64, mode)[0])
+        torch.testing.assert_close(got[1, :, 2], block_lists.block_pool(x[1:, :, 128:], 64, mode)[0, :, 0])
+    assert (block_lists.block_pool(x, 64, lengths=torch.tensor([0, 150]))[0] == 0).all()
+
+
+def test_antidiagonal_scores_of_ragged_sequences() -> None:
+    q, k = torch.randn(3, 4, 200, 8), torch.randn(3, 2, 264, 8)
+    first, lengths = torch.full((3,), 64), torch.tensor([264, 144, 64])
+    q[1, :, 80:], k[1, :, 144:], k[2, :, 64:] = 9.0, torch.nan, torch.nan
+    got = block_lists.antidiagonal_scores(q, k, stride=8, block=64, first=first, lengths=lengths)
+    assert torch.equal(got[0], block_lists.antidiagonal_scores(q[:1], k[:1], stride=8, block=64)[0])
+    own = block_lists.antidiagonal_scores(q[1:2, :, :80], k[1:2, :, :144], stride=8, block=64)
+    torch.testing.assert_close(got[1, :, :2, :3], own[0])
+    assert not got[1, :, 2:].any()
+    assert not got[2].any()
+
+
+def test_density() -> None:
+    """Of 10 visible blocks head 0 lists 4 and a column in one query block, head 1 all."""
+    mask = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
+    mask[0, 0] = torch.eye(4).bool()
+    mask[0, 1] = torch.ones(4, 4).tril().bool()
+    columns = torch.tensor([[[130, -1], [-1, 5]]])
+    last = torch.tensor([63, 127, 191, 255])
+    lists = block_lists.lists_of(mask, 64, 64, columns=columns, last=last, keys=256)
+    visible = block_lists.causal_blocks(256, 256, 64, 64, torch.device("cpu"))
+    torch.testing.assert_close(block_lists.density(lists, visible), torch.tensor([[(4 + 1 / 64) / 10, 1.0]]))

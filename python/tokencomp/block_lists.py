@@ -11,6 +11,24 @@ import torch
 from torch import Tensor
 
 from tokencomp import ops
+from tokencomp.block_scores import antidiagonal_scores, block_pool
+
+__all__ = [
+    "BlockLists",
+    "antidiagonal_scores",
+    "block_mask_to_csr",
+    "block_pool",
+    "block_positions",
+    "causal_blocks",
+    "crossed_blocks",
+    "density",
+    "diagonal_blocks",
+    "lists_of",
+    "local_blocks",
+    "topk_blocks",
+    "topp_blocks",
+    "vertical_slash_index",
+]
 
 
 class BlockLists(NamedTuple):
@@ -53,32 +71,104 @@ def block_mask_to_csr(mask: Tensor) -> tuple[Tensor, Tensor]:
         )
     if mask.numel() >= 1 << 31:
         raise ValueError(f"block_mask_to_csr: mask must have fewer than 2**31 entries, got {mask.numel()}")
+    number = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device)
+    return _csr(mask, number.expand(mask.shape))
+
+
+def _csr(mask: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    """``(pointers, entries)``: the entries of ``member`` where ``mask`` ``[B, H, M, N]`` is True."""
     flat = mask.reshape(-1)
     before = flat.cumsum(0, dtype=torch.int32)
-    indptr = torch.zeros(mask.shape[:3].numel() + 1, dtype=torch.int32, device=mask.device)
+    pointers = torch.zeros(mask.shape[:3].numel() + 1, dtype=torch.int32, device=mask.device)
     if mask.shape[3]:
-        indptr[1:] = before[mask.shape[3] - 1 :: mask.shape[3]]
-    number = torch.arange(mask.shape[3], dtype=torch.int32, device=mask.device).expand(mask.shape).reshape(-1)
+        pointers[1:] = before[mask.shape[3] - 1 :: mask.shape[3]]
     # Entries that are not listed all go to one more place, which is cut off.
     place = torch.where(flat, before.long() - 1, flat.numel())
-    indices = number.new_zeros(flat.numel() + 1).scatter_(0, place, torch.where(flat, number, 0))
-    return indptr, indices[:-1]
+    entries = torch.zeros(flat.numel() + 1, dtype=torch.int32, device=mask.device)
+    entries.scatter_(0, place, torch.where(flat, member.reshape(-1).int(), 0))
+    return pointers, entries[:-1]
 
 
-def causal_blocks(rows: int, keys: int, block_q: int, block_k: int, device: torch.device) -> Tensor:
-    """``[M, N]`` bool: blocks of which at least one pair is visible; the rows are the last of the keys."""
-    last = torch.arange(_block_count(rows, block_q), device=device) * block_q + block_q - 1
-    last = last.clamp(max=rows - 1) + keys - rows
-    return torch.arange(_block_count(keys, block_k), device=device) * block_k <= last[:, None]
+def block_positions(
+    rows: int,
+    keys: int,
+    block_q: int,
+    device: torch.device,
+    first: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """First and last position of the rows of each query block, ``[M]``, or ``[B, 1, M]`` where ragged.
+
+    Args:
+        first: ``[B]`` position of row 0; default ``keys - rows``: the rows are the last of the keys.
+        lengths: ``[B]`` keys of each sequence: rows at or behind it are padding. The last position of a
+            block of padding is below its first.
+    """
+    start = torch.arange(_block_count(rows, block_q), device=device) * block_q
+    end = (start + block_q).clamp(max=rows) - 1
+    at = keys - rows if first is None else first[:, None, None]
+    last = end + at
+    return start + at, last if lengths is None else torch.minimum(last, lengths[:, None, None] - 1)
 
 
-def diagonal_blocks(rows: int, keys: int, block_q: int, block_k: int, device: torch.device) -> Tensor:
-    """``[M, N]`` bool: blocks that hold the own position of at least one row of a query block."""
-    first = torch.arange(_block_count(rows, block_q), device=device) * block_q
-    last = (first + block_q - 1).clamp(max=rows - 1) + keys - rows
-    block = torch.arange(_block_count(keys, block_k), device=device)
-    low = torch.div(first + keys - rows, block_k, rounding_mode="floor")
-    return (block >= low[:, None]) & (block <= torch.div(last, block_k, rounding_mode="floor")[:, None])
+def causal_blocks(
+    rows: int,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    device: torch.device,
+    first: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """``[M, N]`` bool: blocks of which at least one pair is visible; the rows are the last of the keys.
+
+    ``[B, 1, M, N]`` with ``first`` or ``lengths``, see ``block_positions``.
+    """
+    low, high = block_positions(rows, keys, block_q, device, first, lengths)
+    behind = torch.arange(_block_count(keys, block_k), device=device) * block_k <= high[..., None]
+    return behind & (low <= high)[..., None]
+
+
+def diagonal_blocks(
+    rows: int,
+    keys: int,
+    block_q: int,
+    block_k: int,
+    device: torch.device,
+    first: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """``[M, N]`` bool: blocks that hold the own position of at least one row of a query block.
+
+    ``[B, 1, M, N]`` with ``first`` or ``lengths``, see ``block_positions``.
+    """
+    low, high = block_positions(rows, keys, block_q, device, first, lengths)
+    return local_blocks(low, high, keys, block_k, 1)
+
+
+def local_blocks(
+    low: Tensor,
+    high: Tensor,
+    keys: int,
+    block_k: int,
+    window: int | Tensor,
+    sinks: int | Tensor = 0,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """``[..., M, N]`` bool: blocks with one of the last ``window`` keys of a row or of the first ``sinks``.
+
+    Args:
+        low, high: ``[M]`` or ``[B, 1, M]``, of ``block_positions``.
+        window: keys up to a row's own, that included, >= 1; or ``[B, H]``, of each head.
+        sinks: first keys that every row sees; or ``[B, H]``.
+        starts: ``[B]`` where these are; default 0.
+    """
+    begin = torch.arange(_block_count(keys, block_k), device=low.device) * block_k
+    nearest, first = (x[..., None, None] if isinstance(x, Tensor) else x for x in (window, sinks))
+    near = begin + block_k > low[..., None] - nearest + 1
+    at = 0 if starts is None else starts[:, None, None, None]
+    sink = (begin < at + first) & (begin + block_k > at)
+    return (sink | near) & (begin <= high[..., None]) & (low <= high)[..., None]
 
 
 def vertical_slash_index(
@@ -90,6 +180,8 @@ def vertical_slash_index(
     block_q: int = 64,
     block_k: int = 64,
     max_columns: int | None = None,
+    first: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> BlockLists:
     """Lists of the vertical-slash pattern (MInference, arXiv 2407.02490): columns that every row sees, and
     diagonals.
@@ -106,6 +198,7 @@ def vertical_slash_index(
         block_q: rows of a query block, 64 or 128.
         block_k: keys of a block, 64 or 128.
         max_columns: entries kept for the columns of a query block; default V.
+        first, lengths: ``[B]``, see ``block_positions``.
 
     Returns:
         Lists of H heads.
@@ -118,81 +211,81 @@ def vertical_slash_index(
             "vertical_slash_index: columns and slashes must be [B, H, n] of the same B and H, got "
             f"{list(columns.shape)} and {list(slashes.shape)}"
         )
-    device, blocks = columns.device, _block_count(rows, block_q)
-    first = torch.arange(blocks, device=device) * block_q + keys - rows
-    last = (first + block_q - 1).clamp(max=keys - 1)
-    chosen = _crossed(slashes, first, last, keys, block_k)
-    indptr, indices = block_mask_to_csr(chosen)
+    low, high = block_positions(rows, keys, block_q, columns.device, first, lengths)
+    chosen = crossed_blocks(slashes, low, high, keys, block_k)
+    return lists_of(chosen, block_q, block_k, columns=columns, last=high, keys=keys, max_columns=max_columns)
 
-    single = torch.zeros(*columns.shape[:2], keys + 1, dtype=torch.bool, device=device)
+
+def lists_of(
+    chosen: Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    columns: Tensor | None = None,
+    last: Tensor | None = None,
+    keys: int = 0,
+    max_columns: int | None = None,
+) -> BlockLists:
+    """Lists of the blocks ``chosen`` ``[B, H, M, N]`` bool, and of ``columns`` that lie in none of them.
+
+    Args:
+        columns: ``[B, H, V]`` keys in any order; one outside ``[0, keys)`` is a hole.
+        last: ``[M]`` or ``[B, 1, M]`` last position of each query block; columns behind it are left out.
+        max_columns: entries kept for the columns of a query block; default V.
+    """
+    indptr, indices = block_mask_to_csr(chosen)
+    if columns is None or last is None:
+        return BlockLists(indptr, indices, block_q, block_k)
+    single = torch.zeros(*columns.shape[:2], keys + 1, dtype=torch.bool, device=chosen.device)
     real = (columns >= 0) & (columns < keys)
     single.scatter_(2, torch.where(real, columns, keys).long(), True)  # holes go to one more key
     order = columns.shape[2] if max_columns is None else max_columns
-    ascending = torch.where(single[..., :keys], torch.arange(keys, device=device), keys).sort(-1).values
-    ascending = ascending[..., :order]
-    at = ascending.clamp(max=max(keys - 1, 0))
-    taken = chosen.gather(3, (at // block_k)[:, :, None].expand(-1, -1, blocks, -1))
-    kept = (ascending[:, :, None] < keys) & (ascending[:, :, None] <= last[:, None]) & ~taken
-    column_ptr, place = block_mask_to_csr(kept)
-    # `place` counts within the ascending columns of its head.
-    lists = torch.searchsorted(
-        column_ptr[1:].contiguous(), torch.arange(place.numel(), device=device, dtype=torch.int32), right=True
-    ).clamp(max=max(len(column_ptr) - 2, 0))
-    heads = torch.div(lists, max(blocks, 1), rounding_mode="floor")
-    members = at.reshape(-1, at.shape[2])[heads, place.long()] if place.numel() else place
-    return BlockLists(indptr, indices, block_q, block_k, column_ptr, members.int())
+    ascending = (
+        torch.where(single[..., :keys], torch.arange(keys, device=chosen.device), keys).sort(-1).values
+    )
+    ascending = ascending[:, :, None, :order]
+    at = ascending.clamp(max=max(keys - 1, 0)).expand(-1, -1, chosen.shape[2], -1)
+    taken = chosen.gather(3, at // block_k)
+    kept = (ascending < keys) & (ascending <= last[..., None]) & ~taken
+    column_ptr, members = _csr(kept, at)
+    return BlockLists(indptr, indices, block_q, block_k, column_ptr, members)
 
 
-def _crossed(slashes: Tensor, first: Tensor, last: Tensor, keys: int, block_k: int) -> Tensor:
-    """``[B, H, M, N]``: key blocks that a slash crosses within the positions ``first`` ... ``last``."""
+def crossed_blocks(slashes: Tensor, low: Tensor, high: Tensor, keys: int, block_k: int) -> Tensor:
+    """``[B, H, M, N]``: key blocks that a slash ``[B, H, W]`` crosses within the positions ``low`` ...
+    ``high`` of each query block; negative slashes are holes.
+    """
     count = _block_count(keys, block_k)
-    real = slashes >= 0
-    low, high = first[:, None] - slashes[:, :, None], last[:, None] - slashes[:, :, None]  # keys of a slash
-    real = real[:, :, None] & (high >= 0)
-    low = torch.div(low.clamp(0, max(keys - 1, 0)), block_k, rounding_mode="floor")
-    high = torch.div(high.clamp(0, max(keys - 1, 0)), block_k, rounding_mode="floor")
+    offset = slashes[:, :, None]
+    begin, end = low[..., None] - offset, high[..., None] - offset  # keys of a slash
+    real = (offset >= 0) & (end >= 0) & (low <= high)[..., None]
+    begin = torch.div(begin.clamp(0, max(keys - 1, 0)), block_k, rounding_mode="floor")
+    end = torch.div(end.clamp(0, max(keys - 1, 0)), block_k, rounding_mode="floor")
     # +1 where a run of blocks begins and -1 behind its end: what sums to more than 0 is crossed.
-    edges = torch.zeros(*low.shape[:3], count + 1, dtype=torch.int32, device=slashes.device)
+    edges = torch.zeros(*begin.shape[:3], count + 1, dtype=torch.int32, device=slashes.device)
     step = real.int()
-    edges.scatter_add_(3, low.long(), step)
-    edges.scatter_add_(3, (high + 1).long(), -step)
+    edges.scatter_add_(3, begin.long(), step)
+    edges.scatter_add_(3, (end + 1).long(), -step)
     return edges.cumsum(3)[..., :count] > 0
 
 
-def block_pool(x: Tensor, block: int, mode: str = "mean") -> Tensor:
-    """Blocks of neighbouring tokens to one vector each, in float32.
+def density(lists: BlockLists, visible: Tensor) -> Tensor:
+    """``[B, H]`` float32: listed blocks, and columns as parts of one, per visible block.
 
     Args:
-        x: ``[B, H, N, D]`` queries or keys.
-        block: tokens of a block; the last may be shorter and is pooled over what it has.
-        mode: ``mean``, ``min`` or ``max`` of each channel.
-
-    Returns:
-        ``[B, H, ceil(N / block), D]`` float32.
-
-    Raises:
-        ValueError: another mode, block < 1, or x not of four dimensions.
+        visible: ``[M, N]`` or ``[B, 1, M, N]`` bool, of ``causal_blocks``.
     """
-    if x.dim() != 4:
-        raise ValueError(f"block_pool: x must have shape [B, H, N, D], got {list(x.shape)}")
-    if block < 1:
-        raise ValueError(f"block_pool: block must be >= 1, got {block}")
-    if mode not in ("mean", "min", "max"):
-        raise ValueError(f"block_pool: mode must be one of 'mean', 'min', 'max', got {mode!r}")
-    tokens, blocks = x.shape[2], _block_count(x.shape[2], block)
-    fill = {"mean": 0.0, "min": torch.inf, "max": -torch.inf}[mode]
-    padded = torch.nn.functional.pad(x.float(), (0, 0, 0, blocks * block - tokens), value=fill)
-    grouped: Tensor = padded.unflatten(2, (blocks, block))
-    if mode == "min":
-        return grouped.amin(3)
-    if mode == "max":
-        return grouped.amax(3)
-    size = (tokens - torch.arange(blocks, device=x.device) * block).clamp(max=block)
-    return grouped.sum(3) / size[:, None]
+    blocks = visible.shape[-2]
+    batch = visible.shape[0] if visible.dim() == 4 else 1
+    all_blocks = visible.sum((-2, -1)).view(batch, 1)
+    found = lists.indptr.diff().view(batch, -1, blocks).sum(-1).float()
+    if lists.column_ptr is not None:
+        found = found + lists.column_ptr.diff().view(batch, -1, blocks).sum(-1) / lists.block_k
+    return found / all_blocks.clamp(min=1)
 
 
 def topp_blocks(
-    scores: Tensor, p: float, *, visible: Tensor | None = None, forced: Tensor | None = None
+    scores: Tensor, p: float | Tensor, *, visible: Tensor | None = None, forced: Tensor | None = None
 ) -> Tensor:
     """The largest block scores of each row until they hold a share ``p`` of the row's sum.
 
@@ -201,7 +294,7 @@ def topp_blocks(
 
     Args:
         scores: ``[B, H, M, N]``, finite and not negative, e.g. ``antidiagonal_scores``.
-        p: share, in (0, 1].
+        p: share, in (0, 1]; or ``[B, H]`` float, of each head.
         visible: ``[M, N]`` bool, blocks that may be listed at all, e.g. ``causal_blocks``.
         forced: ``[M, N]`` bool, blocks that are listed whatever their score, as far as they are visible.
 
@@ -211,7 +304,7 @@ def topp_blocks(
     Raises:
         ValueError: p out of range, or scores not of four dimensions.
     """
-    if not 0 < p <= 1:
+    if not isinstance(p, Tensor) and not 0 < p <= 1:
         raise ValueError(f"topp_blocks: p must be in (0, 1], got {p}")
     if scores.dim() != 4:
         raise ValueError(f"topp_blocks: scores must have shape [B, H, M, N], got {list(scores.shape)}")
@@ -221,7 +314,8 @@ def topp_blocks(
     first = torch.zeros_like(allowed) if forced is None else allowed & forced
     mass = torch.where(allowed, scores.float(), 0.0)
     forced_mass = torch.where(first, mass, 0.0).double().sum(-1, keepdim=True)
-    needed = p * mass.double().sum(-1, keepdim=True) - forced_mass
+    share = p.double()[..., None, None] if isinstance(p, Tensor) else p
+    needed = share * mass.double().sum(-1, keepdim=True) - forced_mass
     rest = torch.where(allowed & ~first, mass, -1.0)
     ordered, index = rest.sort(dim=-1, descending=True, stable=True)
     positive = ordered.clamp(min=0).double()
@@ -229,77 +323,14 @@ def topp_blocks(
     return first | torch.zeros_like(allowed).scatter_(-1, index, taken)
 
 
-def antidiagonal_scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    stride: int = 16,
-    block: int = 128,
-    causal: bool = True,
-    scale: float | None = None,
+def topk_blocks(
+    scores: Tensor, count: int | Tensor, *, visible: Tensor, forced: Tensor | None = None
 ) -> Tensor:
-    """Attention mass of blocks, estimated from strided antidiagonals (XAttention, arXiv 2503.16428).
-
-    Groups of ``stride`` rows and keys: the sum of the products of row i and key ``stride - 1 - i`` of two
-    groups, over i, is one product of concatenated vectors. Its softmax over the groups that a group of rows
-    sees, with ``scale / stride``, is summed over the groups of a block of rows and of keys. The cost is that
-    of the products divided by ``stride``.
-
-    Args:
-        q: queries ``[B, Hq, T, D]``, the last T of the S positions under ``causal``.
-        k: keys ``[B, Hkv, S, D]``; query head h uses kv head ``h // (Hq / Hkv)``.
-        stride: rows and keys of a group; divides ``block``.
-        block: rows and keys of a block.
-        causal: a group of rows sees the groups of keys up to its own.
-        scale: factor of the products; default ``D ** -0.5``.
-
-    Returns:
-        ``[B, Hq, ceil(T / block), ceil(S / block)]`` float32; a row of it sums to at most
-        ``block / stride``. Missing rows and keys at the ends count as zeros that nobody weighs.
-
-    Raises:
-        ValueError: stride does not divide block, or T > S under ``causal``.
-    """
-    rows, keys, dim = q.shape[2], k.shape[2], q.shape[3]
-    if stride < 1 or block % stride:
-        raise ValueError(f"antidiagonal_scores: stride must divide block={block}, got {stride}")
-    if causal and rows > keys:
-        raise ValueError(f"antidiagonal_scores: T must be at most S={keys} under causal, got {rows}")
-    factor = (dim**-0.5 if scale is None else scale) / stride
-    wide_q = _groups(q, stride, block).flip(3).flatten(3)
-    wide_k = _groups(k, stride, block).flatten(3).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    m, n, per = wide_q.shape[2], wide_k.shape[2], block // stride
-    key = torch.arange(n, device=q.device)
-    found = []
-    for first in range(0, m, 16 * per):  # a few blocks of rows at a time: the matrix is never whole
-        some = wide_q[:, :, first : first + 16 * per]
-        z = (some @ wide_k.mT).float() * factor
-        group = torch.arange(first, first + some.shape[2], device=q.device)
-        seen = (key * stride < keys).expand(some.shape[2], n)
-        if causal:  # up to the group of the last row of the group
-            last = (group * stride + stride - 1).clamp(max=max(rows - 1, 0)) + keys - rows
-            seen = seen & (key * stride <= last[:, None])
-        weight = torch.softmax(z.masked_fill(~seen, -torch.inf), -1)
-        weight = weight * (group * stride < rows)[:, None]
-        found.append(weight.unflatten(2, (-1, per)).unflatten(4, (-1, per)).sum((3, 5)))
-    if not found or not n:
-        return q.new_zeros((*q.shape[:2], m // per, n // per), dtype=torch.float32)
-    return torch.cat(found, 2)
-
-
-def _groups(x: Tensor, stride: int, block: int) -> Tensor:
-    """``[B, H, groups, stride, D]``, padded with zeros to whole blocks."""
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % block))
-    groups: Tensor = padded.unflatten(2, (-1, stride))
-    return groups
-
-
-def topk_blocks(scores: Tensor, count: int, *, visible: Tensor, forced: Tensor | None = None) -> Tensor:
     """The ``count`` visible blocks of largest score of each row, ``forced`` ones first and counted.
 
     Args:
         scores: ``[B, H, M, N]``.
-        count: blocks of a row, at least 1; a row that sees fewer lists all it sees.
+        count: blocks of a row; one that sees fewer lists all it sees. Or ``[B, H]`` integers, of each head.
         visible: ``[M, N]`` bool, e.g. ``causal_blocks``.
         forced: ``[M, N]`` bool, e.g. ``diagonal_blocks``.
 
@@ -308,7 +339,12 @@ def topk_blocks(scores: Tensor, count: int, *, visible: Tensor, forced: Tensor |
     """
     first = None if forced is None else (visible & forced).expand(scores.shape).flatten(0, 2)
     flat = torch.where(visible, scores, -torch.inf).flatten(0, 2)
-    index, kept = ops.topk_select(flat, min(count, scores.shape[3]), keep=first)
+    width, each = scores.shape[3], None
+    if isinstance(count, Tensor):
+        each = count.clamp(0, width)[..., None].expand(scores.shape[:3]).flatten()
+    index, kept = ops.topk_select(
+        flat, width if isinstance(count, Tensor) else min(count, width), keep=first, k_per_row=each
+    )
     real = torch.arange(index.shape[1], device=index.device) < kept[:, None]
     place = torch.where(real, index, scores.shape[3])
     chosen = torch.zeros(flat.shape[0], scores.shape[3] + 1, dtype=torch.bool, device=flat.device)
