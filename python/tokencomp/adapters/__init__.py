@@ -7,6 +7,8 @@ what each key receives.
 
 from tokencomp.adapters import timm_blocks as _timm_blocks
 from tokencomp.adapters.attention import AttentionScores, attention_scores, register_attention
+from tokencomp.adapters.correction import Correction, recompute_newest
+from tokencomp.adapters.draft import draft_prefill, shorten_prompt
 from tokencomp.adapters.families import Family, families, register, unregister
 from tokencomp.adapters.flops import encoder_flops
 from tokencomp.adapters.handle import Compressed, Report, compress
@@ -15,15 +17,19 @@ from tokencomp.adapters.run import Run
 __all__ = [
     "AttentionScores",
     "Compressed",
+    "Correction",
     "Family",
     "Report",
     "Run",
     "attention_scores",
     "compress",
+    "draft_prefill",
     "encoder_flops",
     "families",
+    "recompute_newest",
     "register",
     "register_attention",
+    "shorten_prompt",
     "unregister",
 ]
 

@@ -1,17 +1,24 @@
 """``tokencomp.compress``: attach methods to a model, and take them off again."""
 
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
 from tokencomp import token_map
-from tokencomp.adapters import llm, vit
+from tokencomp.adapters import llm, vit, vlm
 from tokencomp.adapters.kv_handle import CompressedCache
+from tokencomp.adapters.restoring import Restoring
+from tokencomp.adapters.vlm_handle import CompressedVisual
+from tokencomp.cache import KeepAll
 from tokencomp.methods import kv
 from tokencomp.methods.kv import KVMethod
 from tokencomp.methods.layers import LayerMethod
+from tokencomp.methods.sparse import SparseMethod
+from tokencomp.methods.visual import VisualMethod
+
+CACHE, SPARSE, LAYERS = "method on the KV cache", "sparse method", "method on encoders"
+VISUAL = "method on visual tokens"
 
 
 @dataclass(frozen=True)
@@ -34,31 +41,16 @@ class Report:
         return f"{self.method} on {self.family} ({self.attention}): tokens {steps}"
 
 
-class Compressed:
+class Compressed(Restoring):
     """A model with methods on it. A context manager: leaving it, also by an exception, restores the model."""
 
     def __init__(self, model: nn.Module, stacks: list[vit.Stack]) -> None:
         self.model = model
         self._stacks = stacks
-        self._removed = False
 
-    def __enter__(self) -> "Compressed":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Give the model back as it was. Doing it again does nothing."""
-        if not self._removed:
-            self._removed = True
-            for stack in reversed(self._stacks):
-                vit.detach(stack)
+    def _restore(self) -> None:
+        for stack in reversed(self._stacks):
+            vit.detach(stack)
 
     def report(self) -> Report:
         """What this thread's last forward pass did. Raises RuntimeError before the first one."""
@@ -108,7 +100,8 @@ def compress(model: nn.Module, method: LayerMethod, /, *, dense: bool | None = N
 @overload
 def compress(
     model: nn.Module,
-    method: KVMethod,
+    method: KVMethod | SparseMethod,
+    other: KVMethod | SparseMethod = ...,
     /,
     *,
     page: int | None = None,
@@ -119,15 +112,33 @@ def compress(
     """On the cache of a decoder."""
 
 
+@overload
 def compress(
     model: nn.Module,
-    *methods: Any,
-    dense: bool | None = None,
+    method: VisualMethod,
+    /,
+    *methods: KVMethod | SparseMethod,
+    positions: vlm.Positions = "preserve",
+    newlines: vlm.Newlines = "rows",
     page: int | None = None,
     memory_limit: int | str | None = None,
     chunks: Literal["each", "last"] = "each",
     attention: llm.Attention = "paged",
-) -> Compressed | CompressedCache:
+) -> CompressedVisual:
+    """On the visual tokens of a vision-language model, and on the cache of its decoder."""
+
+
+def compress(
+    model: nn.Module,
+    *methods: Any,
+    dense: bool | None = None,
+    positions: vlm.Positions = "preserve",
+    newlines: vlm.Newlines = "rows",
+    page: int | None = None,
+    memory_limit: int | str | None = None,
+    chunks: Literal["each", "last"] = "each",
+    attention: llm.Attention = "paged",
+) -> Compressed | CompressedCache | CompressedVisual:
     """Make ``model`` process or remember fewer tokens, until the handle is removed or its context left.
 
     ``with tokencomp.compress(model, methods.ToMe(r=16)) as handle: model(pixel_values=...); handle.report()``
@@ -149,10 +160,24 @@ def compress(
     seen. After each layer's attention to a prompt, or a chunk of one, the method evicts; then in decode
     steps, forwards of up to 8 tokens, when it likes. For inference: no gradients flow through the cache.
 
+    A sparse method (``tokencomp.methods.sparse.SparseMethod``) restricts what the attention of that decoder
+    reads, of the cache in decode steps and of the keys in prompts; alone, it evicts nothing. It may come with
+    one method on the KV cache, in any order: ``compress(model, A2SF(budget=4096), Quest(k=512))``; then it
+    chooses among what that keeps, and what a step did not read received no attention in that step.
+
+    A method on visual tokens (``tokencomp.methods.visual.VisualMethod``) works between the vision encoder and
+    the decoder of a vision-language model; it may come with methods on that decoder's cache and attention:
+    ``compress(model, ToDRE(keep=0.1), ZipCache(), Quest())``. What is left out never enters the decoder, so
+    outputs of a prompt have fewer rows; ``generate`` needs no other argument.
+
     Args:
         model: the whole model, head included. Known encoders: ``tokencomp.adapters.families()``; decoders of
             Hugging Face that attend through ``AttentionInterface``.
-        methods: one method.
+        methods: one method; on decoders one on the KV cache, a sparse one, or one of each; in front of them
+            one on visual tokens.
+        positions: of visual tokens that stay: ``preserve`` those they had, or ``compact``, numbered anew.
+        newlines: which newline tokens behind rows of tiles stay: those of ``rows`` with a kept token, ``all``
+            or ``none``.
         page: slots of a page, 16, 32 or 64; default 32 on a CPU, 64 on CUDA.
         memory_limit: bytes that the pages of one cache never exceed, or ``"2GiB"``.
         chunks: when a prompt in several forwards is evicted from, whose last one is not known as such:
@@ -173,25 +198,68 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model must be a torch.nn.Module, got {type(model).__name__}")
-    if len(methods) != 1:
-        raise TypeError(f"compress: expected one method, got {len(methods)}")
-    method = methods[0]
-    if isinstance(method, type) or not isinstance(method, LayerMethod | KVMethod):
-        raise TypeError(
-            "compress: a method has proportional, begin() and reduce() (tokencomp.methods.layers) or is one "
-            f"of KV caches (tokencomp.methods.kv), got {method!r}"
-        )
-    if isinstance(method, KVMethod):
-        _refuse(method, "KV caches", dense=dense is not None)
+    given = _by_kind(methods)
+    on_layers, visual = given.get(LAYERS), given.get(VISUAL)
+    placed = positions != "preserve" or newlines != "rows"
+    cached = {
+        "page": page is not None, "memory_limit": memory_limit is not None, "chunks": chunks != "each",
+        "attention": attention != "paged",
+    }  # fmt: skip
+    if on_layers is not None:
+        _refuse(on_layers, "encoders", **cached, positions=placed)
+        return Compressed(model, [vit.attach(model, on_layers, dense=dense)])
+    first = visual if visual is not None else given.get(CACHE, given.get(SPARSE))
+    _refuse(first, "decoders", dense=dense is not None, positions=placed and visual is None)
+    cache = None
+    if CACHE in given or SPARSE in given:
         limit = kv.parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
-        return CompressedCache(
-            model, llm.attach(model, method, page=page, limit=limit, chunks=chunks, attention=attention)
-        )
-    _refuse(
-        method, "encoders", page=page is not None, memory_limit=memory_limit is not None,
-        chunks=chunks != "each", attention=attention != "paged",
-    )  # fmt: skip
-    return Compressed(model, [vit.attach(model, method, dense=dense)])
+        options: Any = {"page": page, "limit": limit, "chunks": chunks, "attention": attention}
+        kept = given.get(CACHE, KeepAll())
+        cache = CompressedCache(model, llm.attach(model, kept, sparse=given.get(SPARSE), **options))
+    if visual is None:
+        assert cache is not None
+        return cache
+    _refuse(visual, "visual tokens without one on the cache", **(cached if cache is None else {}))
+    try:
+        stack = vlm.attach(model, visual, positions=positions, newlines=newlines)
+    except BaseException:
+        if cache is not None:
+            cache.remove()
+        raise
+    return CompressedVisual(model, stack, cache)
+
+
+def _by_kind(methods: tuple[Any, ...]) -> dict[str, Any]:
+    """What ``compress`` was given. Raises TypeError for what does not go together."""
+    if not methods:
+        raise TypeError("compress: expected one method, got 0")
+    found: dict[str, Any] = {}
+    for method in methods:
+        kind = _kind(method)
+        if kind in found:
+            raise TypeError(f"compress: expected at most one {kind}, got {found[kind]!r} and {method!r}")
+        found[kind] = method
+    if len(found) > 1 and LAYERS in found:
+        raise TypeError(f"compress: {found[LAYERS]!r} is a method of encoders and goes with no other")
+    return found
+
+
+def _kind(method: Any) -> str:
+    protocols: dict[str, Any] = {
+        CACHE: KVMethod,
+        SPARSE: SparseMethod,
+        LAYERS: LayerMethod,
+        VISUAL: VisualMethod,
+    }
+    if not isinstance(method, type):
+        for kind, protocol in protocols.items():
+            if isinstance(method, protocol):
+                return kind
+    raise TypeError(
+        "compress: a method has proportional, begin() and reduce() (tokencomp.methods.layers) or is one "
+        "of KV caches (tokencomp.methods.kv), a sparse one (tokencomp.methods.sparse) or one of visual "
+        f"tokens (tokencomp.methods.visual), got {method!r}"
+    )
 
 
 def _refuse(method: object, kind: str, **given: bool) -> None:

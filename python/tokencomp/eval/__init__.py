@@ -5,7 +5,7 @@
 tables rich: ``pip install 'tokencomp[eval]'``.
 """
 
-from tokencomp.eval import baselines, encoders, kv  # noqa: F401  (they register theirs)
+from tokencomp.eval import baselines, encoders, kv, visual  # noqa: F401  (they register theirs)
 from tokencomp.eval.compressors import Compressor, Handle, Report, known, register
 from tokencomp.eval.run import BUDGETS, evaluate
 from tokencomp.eval.statistics import Bootstrap, Estimate

@@ -120,8 +120,12 @@ def _register_all() -> None:
     for kind in kinds:
         register(kind, TokensOnce("random", kind, pick=_random))
         register(kind, TokensOnce("stride", kind, pick=_stride))
-        register(kind, TokensOnce("divprune", kind, choose=lambda keep, x: methods.DivPrune(keep).select(x)))
-        register(kind, TokensOnce("todre", kind, choose=lambda keep, x: methods.ToDRE(keep).select(x)))
+    patches: dict[str, Choose] = {
+        "divprune": lambda keep, x: methods.DivPrune(keep).select(x),
+        "todre": lambda keep, x: methods.ToDRE(keep).select(x),
+    }
+    for name, choose in patches.items():
+        register("patches", TokensOnce(name, "patches", choose=choose))
 
 
 _register_all()

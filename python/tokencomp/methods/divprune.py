@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tokencomp import ops
 from tokencomp.methods import base
+from tokencomp.methods.visual import VisualKeep, VisualView
 
 
 @base.register("divprune", paper="2503.02175", stage="visual tokens, before the first LLM layer")
@@ -36,3 +37,12 @@ class DivPrune:
     def select(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """Like ``picks``, in ascending order of token: the order in which kept tokens are fed on."""
         return base.ascending(self.picks(x, lengths=lengths))
+
+    def looks_at(self, layers: int) -> tuple[int, ...]:
+        """See ``VisualMethod``: nothing."""
+        return ()
+
+    def choose(self, view: VisualView) -> VisualKeep:
+        """See ``VisualMethod``: all crops of an image together."""
+        x, lengths = view.by_image(view.x)
+        return VisualKeep(view.to_crops(self.picks(x, lengths=lengths)))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.methods import base, pruning
+from tokencomp.methods.visual import VisualKeep, VisualView
 
 Kernel = Literal["linear", "relu", "threshold"]
 KERNELS = ("linear", "relu", "threshold")
@@ -61,6 +62,15 @@ class LexRank:
         """``[B, N]`` float32, degree centrality: the sum of a token's edges, its own included."""
         there = _there(x, mask)
         return (_Linear(x, there) if self.kernel == "linear" else _Dense(x, there, self._edges)).degree
+
+    def looks_at(self, layers: int) -> tuple[int, ...]:
+        """See ``VisualMethod``: nothing."""
+        return ()
+
+    def choose(self, view: VisualView) -> VisualKeep:
+        """See ``VisualMethod``: all crops of an image together."""
+        x, lengths = view.by_image(view.x)
+        return VisualKeep(view.to_crops(self.select(x, lengths=lengths)))
 
     def select(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """The most central tokens of ``x`` ``[B, N, C]``, ascending: ``[B, K]`` int32, -1 beyond an item's

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokencomp import ops, ragged
 from tokencomp.methods import base, matching, pruning
+from tokencomp.methods.visual import VisualKeep, VisualView
 
 
 @base.register("prumerge", paper="2403.15388", stage="visual tokens, between vision encoder and projector")
@@ -64,6 +65,29 @@ class PruMerge:
     def select(self, score: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """Like ``picks``, in ascending order of token."""
         return base.ascending(self.picks(score, lengths=lengths))
+
+    def looks_at(self, layers: int) -> tuple[int, ...]:
+        """See ``VisualMethod``: the last layer."""
+        return (layers - 1,)
+
+    def choose(self, view: VisualView) -> VisualKeep:
+        """See ``VisualMethod``: each crop by itself, merged behind the projector (the paper: before it). The
+        token of all dropped ones takes the place of the last of them.
+        """
+        key = view.encoder.keys(view.encoder.layers - 1)
+        query, own = view.encoder.cls_query(view.encoder.layers - 1)
+        flat = [t.transpose(1, 2).flatten(2) for t in (query[:, :, None], torch.cat([own, key], 2))]
+        logits = (flat[0].float() @ flat[1].float().mT)[:, 0] * flat[0].shape[2] ** -0.5
+        score = logits.softmax(1)[:, own.shape[2] :]
+        kept = self.select(score)
+        y, count = self.merge(view.x, flat[1][:, own.shape[2] :], score, kept)
+        token = torch.arange(score.shape[1], device=score.device)
+        stays = ragged.kept_mask(kept, score.shape[1])
+        last = torch.where(stays, -1, token).amax(1, keepdim=True)
+        wide = torch.cat([kept, kept.new_full((len(kept), 1), -1)], 1)
+        wide = wide.scatter(1, (count[:, None] - 1).long(), last.to(kept.dtype))
+        order = torch.where(wide < 0, score.shape[1], wide).argsort(dim=1, stable=True)
+        return VisualKeep(wide.gather(1, order), ragged.gather_rows(y, order.to(torch.int32)))
 
     def merge(
         self, x: Tensor, key: Tensor, score: Tensor, kept: Tensor, *, lengths: Tensor | None = None

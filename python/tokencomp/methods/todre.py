@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from tokencomp import ops
 from tokencomp.methods import base
+from tokencomp.methods.visual import VisualKeep, VisualView
 from tokencomp.ops.kcenter import First, Objective
 
 
@@ -87,6 +89,24 @@ class ToDRE:
     ) -> Tensor:
         """Like ``picks``, in ascending order of token: the order in which kept tokens are fed on."""
         return base.ascending(self.picks(x, cls_score=cls_score, pivot=pivot, lengths=lengths))
+
+    def looks_at(self, layers: int) -> tuple[int, ...]:
+        """See ``VisualMethod``: the last layer, for the pivot."""
+        return (layers - 1,)
+
+    def choose(self, view: VisualView) -> VisualKeep:
+        """See ``VisualMethod``: stage 1 on all crops of an image together, the pivot from its overview.
+
+        Without a CLS token the pivot follows ``fallback``.
+        """
+        x, lengths = view.by_image(view.x)
+        score = None
+        if view.encoder.has_cls:
+            score, _ = view.by_image(view.encoder.cls(view.encoder.layers - 1))
+            if view.overview:
+                token = torch.arange(score.shape[1], device=score.device)
+                score = score.masked_fill(token >= view.x.shape[1], float("-inf"))
+        return VisualKeep(view.to_crops(self.picks(x, cls_score=score, lengths=lengths)))
 
     def stage2_prune(self, text_to_visual: Tensor, visual_to_text: Tensor) -> Tensor:
         """Whether to drop all visual tokens after the probe layer: bool, in the shape of the arguments.

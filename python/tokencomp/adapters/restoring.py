@@ -1,0 +1,32 @@
+"""What all that ``tokencomp.compress`` gives has in common: the model goes back as it was, once."""
+
+from types import TracebackType
+from typing import TypeVar
+
+Own = TypeVar("Own", bound="Restoring")
+
+
+class Restoring:
+    """A model that was changed. A context manager: leaving it, also by an exception, restores the model."""
+
+    _removed = False
+
+    def __enter__(self: Own) -> Own:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Give the model back as it was. Doing it again does nothing."""
+        if not self._removed:
+            self._removed = True
+            self._restore()
+
+    def _restore(self) -> None:
+        raise NotImplementedError

@@ -1,0 +1,397 @@
+"""Fewer visual tokens between the vision encoder and the language model of a vision-language model.
+
+``attach`` lets the model embed images and text as ever; on the way into the decoder, what a
+``VisualMethod`` leaves out is left out of embeddings, positions and masks. What is left keeps the positions
+it had unless they are to be ``compact``. Nothing is written to modules or configurations.
+"""
+
+import functools
+import inspect
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.outputs import signed
+from tokencomp.adapters.patch import Patches, is_patched
+from tokencomp.adapters.vlm_encoder import EncoderLook
+from tokencomp.adapters.vlm_families import FAMILIES, Encoded, Image, Way, way_of
+from tokencomp.methods.visual import VisualKeep, VisualMethod, VisualView
+
+Positions = Literal["preserve", "compact"]
+Newlines = Literal["rows", "all", "none"]
+Chosen = list[tuple[Encoded, Image]]  # of each image of a prompt, in order
+
+
+@dataclass
+class Kept:
+    """Which columns of all that were given a cache (or a forward without one) went on."""
+
+    place: Tensor  # [B, W] int64, -1 where a shorter row has none
+    columns: int  # that were given
+    removed: Tensor  # [B] int64
+
+
+@dataclass
+class VisualReport:
+    """What became of the visual tokens of the last prompt with images."""
+
+    method: str
+    tokens: int = 0  # visual tokens of the prompt, all images
+    kept: int = 0
+    images: int = 0
+    index: list[Tensor] = field(default_factory=list)  # of each group of like images [M, K] int32, by crop
+    grid: list[tuple[int, int] | None] = field(default_factory=list)
+    text: int = 0  # other tokens of the prompt, all rows
+    seconds: float = 0.0  # of the host, in scoring and choosing
+    prompts: int = 0  # seen so far, with images or without
+    cache: Any = None  # the report of the cache, where that is compressed too
+
+    def __str__(self) -> str:
+        if not self.images:
+            return f"{self.method}: no image in the prompt, nothing done"
+        return (
+            f"{self.method}: {self.kept} of {self.tokens} visual tokens of {self.images} images, "
+            f"{self.kept + self.text} of {self.tokens + self.text} tokens of the prompt, chosen in "
+            f"{self.seconds:.3f} s" + ("" if self.cache is None else f"; {self.cache}")
+        )
+
+
+@dataclass
+class VisualStack:
+    """A vision-language model with a method on its visual tokens."""
+
+    base: Any
+    method: VisualMethod
+    positions: Positions
+    newlines: Newlines
+    way: Way
+    look: EncoderLook
+    patches: Patches = field(default_factory=Patches)
+    hooks: list[Any] = field(default_factory=list)
+    report: VisualReport = field(default_factory=lambda: VisualReport(""))
+    passes: list[list[Encoded]] = field(default_factory=list)  # of the encoder, not used yet
+    caches: "weakref.WeakKeyDictionary[Any, Kept]" = field(default_factory=weakref.WeakKeyDictionary)
+    thread: threading.local = field(default_factory=threading.local)
+
+
+def attach(
+    model: nn.Module,
+    method: VisualMethod,
+    *,
+    positions: Positions = "preserve",
+    newlines: Newlines = "rows",
+) -> VisualStack:
+    """Put ``method`` on the visual tokens of ``model`` until ``detach``.
+
+    Args:
+        model: a vision-language model of Hugging Face.
+        method: chooses.
+        positions: ``preserve``: kept tokens stay where they were; ``compact``: they are numbered anew.
+        newlines: which newline tokens behind rows of tiles stay: those of ``rows`` with a kept token,
+            ``all`` or ``none``.
+
+    Raises ValueError for models without visual tokens, or of an unknown make.
+    """
+    for name, value, known in (
+        ("positions", positions, ("preserve", "compact")), ("newlines", newlines, ("rows", "all", "none")),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"compress: {name} must be {' or '.join(known)}, got {value!r}")
+    base, way = the_vlm(model)
+    if is_patched(base):
+        raise ValueError(f"compress: this {type(model).__name__} is compressed already; remove() that first")
+    look = way.look(base, method.looks_at)
+    stack = VisualStack(
+        base, method, positions, newlines, way, look, report=VisualReport(type(method).__name__)
+    )
+    try:
+        stack.hooks += look.attach(stack.patches)
+        cls: Any = type(base)
+        stack.patches.add(
+            base,
+            forward=_forward(cls.forward, stack),
+            get_image_features=_get_image_features(cls.get_image_features, stack),
+        )
+        hook = functools.partial(_before_decoder, stack)
+        stack.hooks.append(stack.base.language_model.register_forward_pre_hook(hook, with_kwargs=True))
+    except BaseException:
+        detach(stack)
+        raise
+    return stack
+
+
+def detach(stack: VisualStack) -> None:
+    """Give the model back as it was."""
+    for hook in stack.hooks:
+        hook.remove()
+    stack.hooks.clear()
+    stack.patches.restore()
+
+
+def the_vlm(model: nn.Module) -> tuple[nn.Module, Way]:
+    """The module of ``model`` that holds encoder and decoder, and how it makes visual tokens. Raises
+    ValueError without one.
+    """
+    for module in model.modules():
+        way = way_of(module)
+        if way is not None:
+            return module, way
+    raise ValueError(
+        f"compress: found no vision-language model in {type(model).__name__} whose visual tokens could be "
+        f"chosen; known: {FAMILIES}. Another one needs a Way in tokencomp.adapters.vlm_families"
+    )
+
+
+def _get_image_features(original: Any, stack: VisualStack) -> Any:
+    names = list(inspect.signature(original).parameters)[1:]
+
+    def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        features = found.pooler_output if hasattr(found, "pooler_output") else found
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        stack.passes.append(stack.way.encoded(stack.base, stack.look, list(features), given))
+        return found
+
+    return functools.wraps(original)(get_image_features)
+
+
+def _forward(original: Any, stack: VisualStack) -> Any:
+    names = list(inspect.signature(original).parameters)[1:]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        stack.thread.prompt = {
+            "ids": kwargs.get("input_ids"),
+            "outputs": kwargs.get("mm_encoder_outputs"),
+            "positions": kwargs.get("position_ids") is not None,
+        }
+        stack.thread.kept = None
+        try:
+            output = original(self, **kwargs)
+        finally:
+            stack.thread.prompt = None
+        cache = getattr(output, "past_key_values", None)
+        if stack.thread.kept is not None and cache is not None:
+            stack.caches[cache] = stack.thread.kept
+        return output
+
+    return signed(forward, original)
+
+
+def _before_decoder(
+    stack: VisualStack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    prompt, cache = getattr(stack.thread, "prompt", None), kwargs.get("past_key_values")
+    before = None if cache is None else stack.caches.get(cache)
+    if before is not None and cache is not None and cache.get_seq_length() == 0:
+        before = None  # it was reset
+    images = _images_of(stack, prompt)
+    if images is None:
+        if prompt is not None and before is None:
+            stack.report = VisualReport(type(stack.method).__name__, prompts=stack.report.prompts + 1)
+        own = prompt is None or prompt["positions"]
+        return None if before is None else (args, _later(stack, before, dict(kwargs), own))
+    ids: Tensor = (prompt or {})["ids"]
+    mask = ids == stack.base.config.image_token_id
+    return args, _shortened(stack, images, mask, ids, before, dict(kwargs))
+
+
+def _images_of(stack: VisualStack, prompt: dict[str, Any] | None) -> Chosen | None:
+    """The images of this prompt; None without any."""
+    if prompt is None or prompt["ids"] is None:
+        return None
+    given = (prompt["outputs"] or {}).get("image")
+    if given is None:
+        latest = stack.passes[-1] if stack.passes else []
+        stack.passes.clear()
+        return [(encoded, image) for encoded in latest for image in encoded.images] or None
+    known = [(e, image) for encoded in stack.passes for e in encoded for image in e.images]
+    found = [_same(feature, known) for feature in given.pooler_output]
+    stack.passes.clear()
+    return found
+
+
+def _same(feature: Tensor, known: Chosen) -> tuple[Encoded, Image]:
+    """The image with these features; generation with beams repeats them, and may copy."""
+    for e, image in known:
+        if image.features is feature or image.features.data_ptr() == feature.data_ptr():
+            return e, image
+    for e, image in known:
+        if image.features.shape == feature.shape and torch.equal(image.features, feature):
+            return e, image
+    raise ValueError("compress: these images were encoded before the model was compressed")
+
+
+def _shortened(
+    stack: VisualStack, images: Chosen, mask: Tensor, ids: Tensor, before: Kept | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The decoder's arguments for a prompt, without the visual tokens that do not go on."""
+    embeds, tokens = kwargs["inputs_embeds"], mask.shape[1]
+    rows, values = _choose(stack, images, mask, embeds)
+    embeds = embeds.masked_scatter(mask[..., None], values.to(embeds.dtype))
+    stays = (~mask).masked_scatter(mask, rows)
+    padding = kwargs.get("attention_mask")
+    past = 0 if before is None else before.columns
+    if padding is not None and padding.dim() == 2:
+        stays = stays & padding[:, past : past + tokens].bool()
+    place = _left_padded(stays)
+    there = place >= 0
+    at = place.clamp(min=0)
+    kwargs["inputs_embeds"] = _take(embeds, at) * there[..., None]
+    kwargs["position_ids"] = _positions(stack, kwargs.get("position_ids"), at, there, before, past)
+    if kwargs.get("visual_pos_masks") is not None:  # features that the first decoder layers add
+        deep = kwargs.get("deepstack_visual_embeds") or []
+        kwargs["visual_pos_masks"] = mask.gather(1, at) & there
+        kwargs["deepstack_visual_embeds"] = [layer[stays[mask]] for layer in deep]
+    own = torch.where(there, place + past, -1)
+    whole = own if before is None else torch.cat([before.place, own], 1)
+    kwargs["attention_mask"] = (whole >= 0).to(ids.dtype)
+    removed = tokens - there.sum(1) + (0 if before is None else before.removed)
+    stack.thread.kept = Kept(whole, past + tokens, removed)
+    return kwargs
+
+
+def _choose(stack: VisualStack, images: Chosen, mask: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all packed visual rows, in order: ``[R]`` bool, those that go on, and ``[R, C]`` their values."""
+    sizes = [len(image.features) for _, image in images]
+    row = mask.nonzero()[torch.tensor([0, *sizes[:-1]]).cumsum(0).to(mask.device), 0]  # of each image
+    stack.report = VisualReport(
+        type(stack.method).__name__, sum(sizes), images=len(images), prompts=stack.report.prompts + 1,
+        text=mask.numel() - sum(sizes),
+    )  # fmt: skip
+    begin = time.perf_counter()
+    kept: list[Tensor] = [torch.empty(0)] * len(images)
+    value: list[Tensor] = [torch.empty(0)] * len(images)
+    for encoded in {id(e): e for e, _ in images}.values():
+        mine = [i for i, (e, _) in enumerate(images) if e is encoded]
+        view = _view(encoded, [images[i][1] for i in mine], embeds[row[mine]], ~mask[row[mine]])
+        with torch.no_grad():
+            keep = stack.method.choose(view)
+        stack.report.index.append(keep.index)
+        stack.report.grid.append(view.grid)
+        first = 0
+        for i in mine:
+            image = images[i][1]
+            crops = slice(first, first + len(image.crops))
+            kept[i], value[i] = _rows(image, _part(keep, crops), view.x[crops], stack.newlines)
+            first += len(image.crops)
+    rows = torch.cat(kept)
+    stack.report.kept = int(rows.sum())
+    stack.report.seconds = time.perf_counter() - begin
+    return rows, torch.cat(value)
+
+
+def _view(encoded: Encoded, images: list[Image], text: Tensor, text_mask: Tensor) -> VisualView:
+    crops = [crop for image in images for crop in image.crops]
+    whole = crops == list(range(encoded.x.shape[0]))
+    encoder: Any = encoded.encoder if whole else _InOrder(encoded.encoder, crops)
+    x = encoded.x if whole else encoded.x[crops]
+    return VisualView(
+        x, encoder, encoded.grid, [len(image.crops) for image in images], encoded.overview,
+        [image.tiles for image in images], text, text_mask,
+    )  # fmt: skip
+
+
+class _InOrder:
+    """An encoder pass with its crops in another order, or several times (beams)."""
+
+    def __init__(self, encoder: Any, order: list[int]) -> None:
+        self._encoder, self._order = encoder, order
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._encoder, name)
+        if name not in ("cls", "logits", "columns", "keys", "cls_query", "features"):
+            return value
+
+        def ordered(*args: Any) -> Any:
+            found = value(*args)
+            return tuple(t[self._order] for t in found) if isinstance(found, tuple) else found[self._order]
+
+        return ordered
+
+
+def _part(keep: VisualKeep, crops: slice) -> VisualKeep:
+    return VisualKeep(keep.index[crops], None if keep.x is None else keep.x[crops])
+
+
+def _rows(image: Image, keep: VisualKeep, x: Tensor, newlines: Newlines) -> tuple[Tensor, Tensor]:
+    """Of the packed rows of ``image``: ``[n]`` bool, those that go on, and ``[n, C]`` their values."""
+    crops, tokens, width = x.shape
+    place = torch.where(keep.index < 0, tokens, keep.index).long()
+    kept = torch.zeros(crops, tokens + 1, dtype=torch.bool, device=x.device).scatter(1, place, True)
+    flat = kept[:, :tokens].flatten()
+    source = image.source
+    rows = flat[source.clamp(min=0)] & (source >= 0)
+    values = image.features
+    if keep.x is not None:
+        changed = torch.cat([x, x.new_zeros(crops, 1, width)], 1)
+        changed = changed.scatter(1, place[..., None].expand(-1, -1, width), keep.x)[:, :tokens]
+        values = torch.where((source >= 0)[:, None], changed.flatten(0, 1)[source.clamp(min=0)], values)
+    newline = source < 0
+    if newlines == "all":
+        return rows | newline, values
+    if newlines == "rows" and bool(newline.any()):
+        line = newline.long().cumsum(0) - newline.long()  # the rows before a newline are its line
+        line = torch.where(source < tokens, torch.where(newline, line, -1), line)  # not the overview's
+        alive = torch.zeros(int(line.max()) + 2, dtype=torch.bool, device=x.device)
+        alive[line[rows] + 1] = True
+        return rows | (newline & alive[line + 1]), values
+    return rows, values
+
+
+def _take(x: Tensor, at: Tensor) -> Tensor:
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _left_padded(stays: Tensor) -> Tensor:
+    """``[B, W]`` int64: the columns ``stays`` ``[B, S]`` names, ascending, behind -1 in shorter rows."""
+    column = torch.arange(stays.shape[1], device=stays.device)
+    ordered = torch.where(stays, column, -1).sort(1).values
+    return ordered[:, stays.shape[1] - int(stays.sum(1).max()) :]
+
+
+def _positions(
+    stack: VisualStack, given: Tensor | None, at: Tensor, there: Tensor, before: Kept | None, past: int
+) -> Tensor:
+    if stack.positions == "compact":
+        start = 0 if before is None else (before.columns - before.removed)[:, None]
+        compact = (there.long().cumsum(1) - 1).clamp(min=0) + start
+        return compact if given is None or given.dim() == 2 else compact.expand(given.shape[0], *at.shape)
+    if given is None:
+        return at + past
+    lead = given.shape[:-2]
+    position = given.expand(*lead, at.shape[0], -1).gather(-1, at.expand(*lead, *at.shape))
+    if position.dim() == 3 and position.shape[0] == 4:  # the first says where packed sequences begin
+        position[0] = there.long().cumsum(1) - 1
+    return position
+
+
+def _later(stack: VisualStack, before: Kept, kwargs: dict[str, Any], own: bool) -> dict[str, Any]:
+    """The decoder's arguments for text that goes on behind a shortened prompt.
+
+    ``own``: positions were given from outside; those a model makes itself go by what the cache holds.
+    """
+    embeds = kwargs["inputs_embeds"]
+    batch, tokens = embeds.shape[:2]
+    new = torch.arange(before.columns, before.columns + tokens, device=embeds.device).expand(batch, -1)
+    position = kwargs.get("position_ids")
+    if position is None:
+        position = new
+    elif not own:
+        position = position + before.columns - before.place.shape[1]
+    if stack.positions == "compact":
+        position = position - before.removed[:, None]
+    kwargs["position_ids"] = position
+    mask, place = kwargs.get("attention_mask"), torch.cat([before.place, new], 1)
+    held = torch.ones_like(place)
+    if mask is not None and mask.dim() == 2:
+        held = mask.gather(1, place.clamp(min=0, max=mask.shape[1] - 1)).to(torch.long)
+    if mask is not None or bool((before.place < 0).any()):
+        kwargs["attention_mask"] = held.masked_fill(place < 0, 0)
+    stack.thread.kept = Kept(place, before.columns + tokens, before.removed)
+    return kwargs

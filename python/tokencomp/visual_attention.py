@@ -1,0 +1,99 @@
+"""What patches received in a vision encoder, from the queries and keys of its layers; no matrix is formed."""
+
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from tokencomp import ops
+
+Seen: TypeAlias = tuple[Tensor, Tensor, float]  # queries and keys [M, H, P + N, D], scale
+
+
+class SeenEncoder:
+    """``methods.visual.Encoder`` of one pass: tensors of the layers a method looks at, nothing else.
+
+    ``groups`` ``[N, g]`` names the patches of each token where it stands for several: scores and keys are
+    their means.
+    """
+
+    def __init__(
+        self, layers: int, prefix: int, projector: nn.Module, seen: dict[int, Seen], features: Tensor | None
+    ) -> None:
+        self.layers, self.prefix = layers, prefix
+        self.groups: Tensor | None = None
+        self._projector, self._seen, self._features = projector, seen, features
+        self._missing = ""
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the first token is none of the patches."""
+        return self.prefix > 0
+
+    def patches(self) -> int | None:
+        """Their number, None where no layer was looked at."""
+        return next((key.shape[2] - self.prefix for _, key, _ in self._seen.values()), None)
+
+    def cls(self, layer: int) -> Tensor:
+        """See ``Encoder``."""
+        if not self.has_cls:
+            return self.columns(layer)
+        return self._tokens(self._products(layer).softmax(-1).mean(1)[:, self.prefix :])
+
+    def logits(self, layer: int) -> Tensor:
+        """See ``Encoder``."""
+        return self._tokens(self._products(layer).mean(1)[:, self.prefix :])
+
+    def columns(self, layer: int) -> Tensor:
+        """See ``Encoder``."""
+        query, key, scale = self._of(layer)
+        lse = ops.attention_lse(query, key, scale=scale, causal=False)
+        total = ops.column_score(query, key, lse, scale=scale, causal=False, heads="mean")
+        return self._tokens(total[:, 0, self.prefix :] / query.shape[2])
+
+    def keys(self, layer: int) -> Tensor:
+        """See ``Encoder``."""
+        key = self._of(layer)[1][:, :, self.prefix :]
+        return key if self.groups is None else key[:, :, self.groups].mean(3)
+
+    def cls_query(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See ``Encoder``."""
+        query, key, _ = self._of(layer)
+        if not self.has_cls:
+            return query.float().mean(2).to(query.dtype), key[:, :, :0]
+        return query[:, :, 0], key[:, :, :1]
+
+    def features(self) -> Tensor:
+        """See ``Encoder``."""
+        if self._features is None or self._missing:
+            raise ValueError(
+                f"compress: features of the encoder are not to be had: {self._missing or 'none seen'}"
+            )
+        return self._features
+
+    def project(self, features: Tensor) -> Tensor:
+        """See ``Encoder``; in the dtype of the projector."""
+        weight = next(self._projector.parameters(), None)
+        given = features if weight is None else features.to(weight.dtype)
+        projected: Tensor = self._projector.forward(given)
+        return projected
+
+    def forget(self, why: str) -> None:
+        """Refuse from now on, saying why."""
+        self._missing = why
+
+    def _tokens(self, score: Tensor) -> Tensor:
+        """``[M, N]``: of tokens, from that of patches."""
+        return score if self.groups is None else score[:, self.groups].mean(2)
+
+    def _products(self, layer: int) -> Tensor:
+        """``[M, H, P + N]`` float32: scaled products of the first query (the mean one without CLS)."""
+        query, key, scale = self._of(layer)
+        first = query[:, :, :1].float() if self.has_cls else query.float().mean(2, keepdim=True)
+        return (first @ key.float().mT)[:, :, 0] * scale
+
+    def _of(self, layer: int) -> Seen:
+        if self._missing:
+            raise ValueError(f"compress: attention of the encoder is not to be had: {self._missing}")
+        if layer not in self._seen:
+            raise RuntimeError(f"compress: encoder layer {layer} was not looked at; say so in looks_at()")
+        return self._seen[layer]
