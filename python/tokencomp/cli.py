@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import tokencomp
-from tokencomp import _load, methods
+from tokencomp import _load, methods, methods_table
 from tokencomp.eval import command
 
 
@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser(
         "info", help="versions, back ends and why one is missing, instruction sets, threads, GPU"
     )
-    commands.add_parser("methods", help="the compression methods and their knobs")
+    known = commands.add_parser("methods", help="the compression methods and their knobs")
+    known.add_argument("--markdown", action="store_true", help="as tables, without knobs")
     commands.add_parser(
         "bench", help="run the benches of the source checkout (options: bench --help)", add_help=False
     )
@@ -40,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         return command.run(args)
     if args.command == "info":
         return _info()
-    return _methods() if args.command == "methods" else _bench(rest)
+    if args.command == "methods":
+        return _methods(args.markdown)
+    return _bench(rest)
 
 
 def _demo(keep: float, out: Path) -> int:
@@ -76,7 +79,10 @@ def _info() -> int:
     return 0
 
 
-def _methods() -> int:
+def _methods(markdown: bool) -> int:
+    if markdown:
+        print(methods_table.markdown(), end="")
+        return 0
     for method in methods.all_methods():
         source = f"arXiv {method.paper}" if method.paper else "baseline"
         print(f"{method.name}  ({method.cls.__name__}, {source})")

@@ -1,0 +1,53 @@
+"""Every Python block of the README and of docs runs, and prints what stands below it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokencomp import methods_table
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```\n(.*?)```\n)?", re.S)
+NUMBERS = re.compile(r"\d+\.\d+ s\b|\d+\.\d+ ms\b")
+
+
+def blocks() -> list[object]:
+    found = []
+    for page in PAGES:
+        for i, match in enumerate(BLOCK.finditer(page.read_text())):
+            name = f"{page.relative_to(ROOT)}:{i}"
+            found.append(pytest.param(match[1], match[2], id=name))
+    return found
+
+
+def without_times(text: str) -> str:
+    return NUMBERS.sub("# s", text).strip()
+
+
+@pytest.mark.parametrize(("code", "printed"), blocks())
+def test_block(code: str, printed: str | None, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="models need the extra hf")
+    pytest.importorskip("PIL", reason="pictures need the extra demo")
+    code = "import torch\ntorch.set_num_threads(2)\n" + code
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "python")},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    if printed is not None:
+        assert without_times(run.stdout) == without_times(printed)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_table_of_methods_is_that_of_the_registry() -> None:
+    """``python -m tokencomp methods --markdown > docs/methods.md`` after a change."""
+    assert (ROOT / "docs" / "methods.md").read_text() == methods_table.markdown()
