@@ -2,9 +2,12 @@
 // family that multiplies them.
 #pragma once
 
+#include <type_traits>
+
 #include "core/attention.h"
 #include "cpu/page_rows.h"
 #include "cpu/parallel.h"
+#include "cpu/row_tiles.h"
 #include "cpu/simd_lanes.h"
 #include "cpu/simd_math.h"
 
@@ -75,6 +78,54 @@ struct Operands {
     }
   }
 
+  // Where keys [first, first + keys + ahead) of (b, kv) begin; zeros where there are none. Rows of quantized pages are
+  // written to `buffer`, and those of the `ahead` last keys are not looked for where there may be such.
+  TC_INLINE_MEMBER void key_rows(int b, int kv, int first, int keys, int ahead, const T** out, T* buffer) const {
+    const T* zeros = reinterpret_cast<const T*>(kZeroRow);
+    if (a.types.count) {
+      PageRows<T> pages({a, a.k, a.pages, a.g.D, false, b, kv});
+      for (int i = 0; i < keys + ahead; ++i) {
+        const bool inside = i < keys && first + i < a.g.S;
+        const T* row = inside ? pages.row(first + i, buffer + int64_t(i) * a.g.D) : nullptr;
+        out[i] = row ? row : zeros;
+      }
+      return;
+    }
+    const int page = a.table.entry ? a.table.page_size() : keys + ahead;
+    const int64_t step = a.table.entry ? a.pages.slot_stride : a.k_stride_s;
+    for (int i = 0; i < keys + ahead;) {
+      const int s = first + i, last = a.g.S - first < keys + ahead ? a.g.S - first : keys + ahead;
+      int64_t at = -1;
+      int end = keys + ahead;
+      if (i < last) {
+        const int rest = a.table.entry ? page - a.table.slot_in_page(s) : end;
+        at = a.table.entry ? slot_offset(a, b, kv, s) : b * a.k_stride_b + kv * a.k_stride_h + s * step;
+        end = rest < last - i ? i + rest : last;
+      }
+      const T* row = at < 0 ? zeros : static_cast<const T*>(a.k) + at;
+      for (; i < end; ++i, row += at < 0 ? 0 : step) out[i] = row;
+    }
+  }
+
+  // Products of kRows packed queries with a tile of such rows.
+  template <int kRows>
+  TC_INLINE_MEMBER Vec products(const T* const* key, const Word* query) const {
+    using Tile = RowTiles<T, kRows>;
+    using Packed = std::conditional_t<WordOf<T>::elements == 2, T, float>;
+    const Packed* q = reinterpret_cast<const Packed*>(query);
+    const int stride = padded * WordOf<T>::elements;
+    const Vec x = Tile::products(key, q, stride, 0, a.g.D);
+    if (!a.k_min) return x;
+    const T* low[Tile::kKeys];
+    for (int t = 0; t < Tile::kKeys; ++t) low[t] = minima_of(key[t]);
+    return add(x, Tile::products(low, q + half * WordOf<T>::elements, stride, 0, a.g.D));
+  }
+
+  TC_INLINE_MEMBER void fetch(const T* key) const {
+    prefetch_row(key, a.g.D);
+    if (a.k_min) prefetch_row(minima_of(key), a.g.D);
+  }
+
   // One tile of the keys at position(0), position(1), ..., of which negative ones are zeros.
   template <class F>
   TC_INLINE_MEMBER void gather_keys(int b, int kv, F&& position, Word* out) const {
@@ -85,6 +136,12 @@ struct Operands {
   }
 
  private:
+  // The minima beside the maxima `key`, which are laid out alike.
+  TC_INLINE_MEMBER const T* minima_of(const T* key) const {
+    if (key == reinterpret_cast<const T*>(kZeroRow)) return key;
+    return static_cast<const T*>(a.k_min) + (key - static_cast<const T*>(a.k));
+  }
+
   // Pages of several types, row by row.
   TC_INLINE_MEMBER void pack_page_rows(int b, int kv, int first, int keys, Word* out) const {
     for (int j = first; j < first + keys && j < a.g.S; j += kLaneTile, out += padded * kLaneTile) {
@@ -150,18 +207,6 @@ TC_INLINE void dispatch_cap(const Attention& a, F&& f) {
   } else {
     f.template operator()<false>();
   }
-}
-
-// Tasks [0, count) are taken as threads come, so that one that wakes late does not keep the others waiting. What a task
-// computes does not depend on who takes it. f(task, slot).
-template <class F>
-static inline void for_each_task(int64_t count, int slots, F&& f) {
-  int64_t next = 0;
-  parallel_for(slots < count ? slots : count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) {
-      for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) f(task, slot);
-    }
-  });
 }
 
 }  // namespace tokencomp::cpu::TOKENCOMP_ISA

@@ -10,6 +10,8 @@
 // of a list, are dequantized to rows of the queries' dtype. Included by decode_kernels.cpp only.
 #pragma once
 
+#include "cpu/decode_ahead.h"
+#include "cpu/decode_bytes.h"
 #include "cpu/decode_rows.h"
 #include "cpu/decode_tiles.h"
 
@@ -25,19 +27,28 @@ class CodedChunk {
   static constexpr int kKeys = Tile::kKeys, kBlocks = kChunkKeys / kBlockKeys, kBlockTiles = kBlockKeys / kKeys;
 
   static constexpr bool kTwo = sizeof(Stored) < 4;  // queries that are not as they were given are sums of two
+  static constexpr bool kBytes = kByteDots && sizeof(T) == 2;  // 16 bits are not enough for floats
 
   // 16 keys of one page, in one group of tokens.
   struct Block {
-    const PageHalf *k, *v;
-    const uint8_t* page;  // null: working rows
-    Reading keys, values;
-    const f16 *k_params, *v_params;  // of the block's channels, where the grid is theirs
-    int map;                         // of scale and bias of the values' sums
+    const PageHalf *k = nullptr, *v = nullptr;
+    const uint8_t* page = nullptr;  // null: working rows
+    Reading keys = Reading::rows, values = Reading::rows;
+    const f16 *k_params = nullptr, *v_params = nullptr;  // of the block's channels, where the grid is theirs
+    int map = 0;                                         // of scale and bias of the values' sums
+    bool key_bytes = false, value_bytes = false;         // codes are multiplied as they are
   };
 
  public:
+  LinesAhead ahead;
+  static constexpr int kSteps = 4 * kBlocks;  // in which they are fetched, about as far apart as time goes
+
   CodedChunk(const DecodeArgs& args, int pair, unsigned char* scratch)
-      : a(args), b(pair / args.Hkv), kv(pair % args.Hkv), width(int(padded_values(args))) {
+      : a(args),
+        b(pair / args.Hkv),
+        kv(pair % args.Hkv),
+        width(int(padded_values(args))),
+        bytes(args, byte_memory(args, scratch)) {
     const auto own = [&](const float* map) { return map ? map + int64_t(pair) * a.D : nullptr; };
     k_maps = {own(a.types.maps.k_scale), own(a.types.maps.k_bias)};
     v_maps = {own(a.types.maps.v_scale), own(a.types.maps.v_bias)};
@@ -51,7 +62,7 @@ class CodedChunk {
     weights = reinterpret_cast<Stored*>(take(kChunkKeys * kRowPadding));
     query = take(padded_rows(a) * width);
     packed = reinterpret_cast<Stored*>(take(2 * padded_rows(a) * width));
-    offset = take(padded_rows(a));
+    offset = take(round_up(padded_rows(a), 16));
   }
 
   // The queries of row r: divided by the keys' scales, and times their biases.
@@ -68,13 +79,12 @@ class CodedChunk {
       put(packed + int64_t(r) * width + c, padded_rows(a) * width, load(own + c));
     }
     offset[r] = sum(sum_of);
+    if constexpr (kBytes) bytes.add_query(r, own);
   }
 
   // Keys [0, keys) of a chunk: their rows, and how they are read. `listed`: not one slot after the other.
   void open(const int* slots, const float* side, int keys, bool listed, const T** key, const T** value) {
     for (int block = 0; block < kBlocks; ++block) blocks[block] = {};
-    ahead_count = 0;
-    if (!listed) look_ahead(slots[0] + kChunkKeys);
     for (int i = 0; i < keys; i += listed ? 1 : kBlockKeys) {
       const int count = listed ? 1 : keys - i < kBlockKeys ? keys - i : kBlockKeys;
       int any = i;
@@ -84,29 +94,72 @@ class CodedChunk {
       if (entry == kNoPage || page_type(entry) == 0) continue;
       const PagePool& pool = a.types.pool_of(page_type(entry));
       const int first = a.table.slot_in_page(slots[any]) - (any - i);
-      Block block{&pool.k, &pool.v, a.types.page(entry), Reading::rows, Reading::rows, nullptr, nullptr, 0};
+      Block block{&pool.k, &pool.v, a.types.page(entry)};
       if (!listed) {
         block.keys = reading_of(pool.k.format, a.D);
         block.values = reading_of(pool.v.format, a.D);
         open_grid(pool.k, block.page, first, block.keys, side + i, 0, i, block.k_params);
         open_grid(pool.v, block.page, first, block.values, side + i, 2, i, block.v_params);
         open_map(block, i / kBlockKeys);
+        block.key_bytes = kBytes && block.keys != Reading::rows && are_bytes(pool.k.format, a.D);
+        block.value_bytes = kBytes && block.values != Reading::rows && are_bytes(pool.v.format, a.D);
         blocks[i / kBlockKeys] = block;
       }
+      if (i % (2 * kBlockKeys) == 0) ahead.fetch();
       T *k = rows + int64_t(i) * width, *v = k + int64_t(kChunkKeys) * width;
-      open_rows(pool.k, block.page, first, count, block.keys, k_maps, k);
-      open_rows(pool.v, block.page, first, count, block.values, v_maps, v);
+      if (block.key_bytes) {
+        if constexpr (kBytes) bytes.turn_keys(pool.k, block.page, first, k);
+      } else {
+        open_rows(pool.k, block.page, first, count, block.keys, k_maps, k);
+      }
+      if (block.value_bytes) {
+        if constexpr (kBytes) bytes.turn_values(pool.v, block.page, first, v);
+      } else {
+        open_rows(pool.v, block.page, first, count, block.values, v_maps, v);
+      }
+      if (block.key_bytes && block.value_bytes) continue;
       for (int t = i; t < i + count; ++t, k += width, v += width) {
         if (side[t] > -INFINITY) key[t] = k, value[t] = v;
       }
     }
   }
 
+  // Before products() of a chunk of `keys` keys: all that are made in bytes.
+  void multiply_bytes(int keys, int r) {
+    if constexpr (kBytes) {
+      for (int n = 0; n < kBlocks && n * kBlockKeys < keys; ++n) {
+        const Block &block = blocks[n], &next = blocks[n + 1 < kBlocks ? n + 1 : n];
+        if (!block.key_bytes) continue;
+        const bool by_token = block.keys == Reading::token;
+        const bool pair = next.key_bytes && next.k == block.k && (by_token || next.k_params == block.k_params);
+        ahead.fetch();
+        const int at = n * kBlockKeys, other = at + (pair && n + 1 < kBlocks ? kBlockKeys : 0);
+        const auto words = [&](int t) { return reinterpret_cast<const uint8_t*>(rows + int64_t(t) * width); };
+        const uint8_t* const both[] = {words(at), words(other)};
+        if (by_token) {
+          bytes.by_token(both, at, other, block.k->format, r, query, offset, grid(0, 0), grid(1, 0), kChunkKeys);
+        } else {
+          if (!is_folded(block, at)) bytes.fold(*block.k, block.k_params, r, query, offset);
+          bytes.by_channel(both, at, other, block.k->format);
+        }
+        ahead.fetch();
+        if (other != at) ++n;
+      }
+    }
+  }
+
   // The products of rows [r, r + kRows) with a tile of keys, that of the chunk's key `at`, before scale and bias.
   // `own` are the queries as working rows want them.
-  __attribute__((noinline)) Vec products(const T* const* key, int at, int r, const T* own, int stride) {
+  TC_INLINE_MEMBER Vec products(const T* const* key, int at, int r, const T* own, int stride) {
+    if constexpr (kBytes) {
+      if (blocks[at / kBlockKeys].key_bytes) return load(bytes.found + at * kRows);
+    }
+    return multiply_numbers(key, at, r, own, stride);
+  }
+
+  __attribute__((noinline)) Vec multiply_numbers(const T* const* key, int at, int r, const T* own, int stride) {
     const Block& block = blocks[at / kBlockKeys];
-    if (r == 0) fetch_ahead();
+    if (at % kBlockKeys == 0) ahead.fetch();
     if (block.keys == Reading::rows) return Tile::products(key + at, own, stride, 0, a.D);
     if (block.keys == Reading::channel) {
       if (at % kBlockKeys == 0) fold_queries(block, at, r);
@@ -138,9 +191,12 @@ class CodedChunk {
       const int at = first * kWidth;
       if (blocks[block].values == Reading::rows) {
         Tile::weigh(value + first * kKeys, rounded + at, last - first, 0, a.D, out, width, nullptr);
+      } else if (blocks[block].value_bytes) {
+        if constexpr (kBytes) weigh_bytes(blocks[block], p + at, first * kKeys, last - first, out);
       } else {
         weigh_numbers(blocks[block], value + first * kKeys, p + at, first * kKeys, last - first, out);
       }
+      ahead.fetch();
       first = last;
     }
   }
@@ -148,30 +204,6 @@ class CodedChunk {
  private:
   static bool same_values(const Block& x, const Block& y) {
     return x.page == y.page && x.values == y.values && x.v_params == y.v_params;
-  }
-
-  // The quantized pages of the chunk that starts at `slot`; its lines are fetched while this one is multiplied, some
-  // with every tile: all at once they would keep the products waiting.
-  void look_ahead(int slot) {
-    ahead_lines = 0;
-    if (slot < kChunkKeys) return;  // the chunk's first slot is hidden
-    for (int s = slot; s < slot + kChunkKeys && s < a.capacity; s += a.table.page_size()) {
-      const int32_t entry = entry_of(a, b, kv, s);
-      if (entry == kNoPage || page_type(entry) == 0) continue;
-      ahead[ahead_count++] = a.types.page(entry);
-      const int lines = int(a.types.pool_of(page_type(entry)).page_bytes + 63) / 64;
-      ahead_lines = lines > ahead_lines ? lines : ahead_lines;
-    }
-    ahead_from = 0;
-  }
-
-  TC_INLINE_MEMBER void fetch_ahead() {
-    if (!ahead_count) return;
-    const int step = ahead_lines * kKeys / kChunkKeys + 1;
-    for (int page = 0; page < ahead_count; ++page) {
-      for (int i = ahead_from; i < ahead_from + step && i < ahead_lines; ++i) __builtin_prefetch(ahead[page] + 64 * i);
-    }
-    ahead_from += step;
   }
 
   // Of the keys' steps (0) or lows (1), the values' (2, 3), group g: by key of the chunk.
@@ -201,19 +233,21 @@ class CodedChunk {
     if (reading == Reading::channel) by_channel = params_of(half, page) + 2 * (first / group) * a.D;
     if (reading != Reading::token) return;
     const f16* params = params_of(half, page) + 2 * first * groups;
+    const Vec hidden = broadcast(-INFINITY), zero = broadcast(0.0f);
+    for (int t = 0; groups == 1 && t < kBlockKeys; t += kWidth) {
+      Vec step, low;
+      load_grid(half, params + 2 * t, kWidth, step, low);
+      store(grid(which, 0) + at + t, select_gt(load(side + t), hidden, step, zero));
+      store(grid(which + 1, 0) + at + t, select_gt(load(side + t), hidden, low, zero));
+    }
+    if (groups == 1) return;
     float found[2][kBlockKeys * kMaxGroups];
     for (int i = 0; i < kBlockKeys * groups; i += kWidth) {
       Vec step, low;
       load_grid(half, params + 2 * i, kWidth, step, low);
       store(found[0] + i, step), store(found[1] + i, low);
     }
-    const Vec hidden = broadcast(-INFINITY), zero = broadcast(0.0f);
-    for (int t = 0; groups == 1 && t < kBlockKeys; t += kWidth) {
-      const Vec seen = load(side + t);
-      store(grid(which, 0) + at + t, select_gt(seen, hidden, load(found[0] + t), zero));
-      store(grid(which + 1, 0) + at + t, select_gt(seen, hidden, load(found[1] + t), zero));
-    }
-    for (int g = 0; groups > 1 && g < groups; ++g) {
+    for (int g = 0; g < groups; ++g) {
       float *step = grid(which, g) + at, *low = grid(which + 1, g) + at;
       for (int t = 0; t < kBlockKeys; ++t) {
         const bool seen = side[t] > -INFINITY;
@@ -258,8 +292,25 @@ class CodedChunk {
     }
   }
 
+  // Whether the block before has the same grid of channels.
+  bool is_folded(const Block& block, int at) const {
+    return at && blocks[at / kBlockKeys - 1].k_params == block.k_params;
+  }
+
+  void weigh_bytes(const Block& own, const float* p, int at, int tiles, float* out) {
+    const bool by_token = own.values == Reading::token;
+    const kvquant::Format& f = own.v->format;
+    const auto* quads = reinterpret_cast<const uint8_t*>(rows + int64_t(kChunkKeys + at) * width);
+    for (int g = 0, group = by_token ? f.group : a.D; g * group < a.D; ++g) {
+      const auto by =
+          bytes.round_weights(p, tiles, by_token ? grid(2, g) + at : nullptr, grid(3, g) + at, middle_code(f.bits));
+      bytes.weigh(quads, kBlockKeys * width * int64_t(sizeof(T)), f.bits, tiles, by, out_scale + own.map * width,
+                  out_bias + own.map * width, g * group, (g + 1) * group, out, ahead);
+    }
+  }
+
   void fold_queries(const Block& block, int at, int r) {
-    if (at && blocks[at / kBlockKeys - 1].k_params == block.k_params) return;  // folded already
+    if (is_folded(block, at)) return;
     Vec x[kRows];
     for (int i = 0; i < kRows; ++i) x[i] = broadcast(0.0f);
     for (int c = 0; c < width; c += kWidth) {  // beyond D: zeros, which the last product step reads too
@@ -325,8 +376,14 @@ class CodedChunk {
     }
   }
 
+  // Behind what the constructor takes.
+  static float* byte_memory(const DecodeArgs& args, unsigned char* scratch) {
+    return reinterpret_cast<float*>(scratch) + coded_bytes(args) / 4 - byte_floats(args);
+  }
+
   const DecodeArgs& a;
   const int b, kv, width;
+  ByteChunk<T, kRows> bytes;
   ChannelMaps k_maps, v_maps;
   Block blocks[kBlocks];
   T* rows;                                                              // [2][chunk keys][width]: keys, values
@@ -337,8 +394,6 @@ class CodedChunk {
   alignas(64) float constant[kWidth], query_sums[kMaxGroups * kWidth];  // of logits, as they lie
   int summed_row = -1, summed_group = 0;
   bool mapped = false;  // the scale and bias of all pages
-  const uint8_t* ahead[kBlocks];
-  int ahead_count = 0, ahead_lines = 0, ahead_from = 0;
 };
 
 }  // namespace

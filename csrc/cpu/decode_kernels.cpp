@@ -12,8 +12,6 @@ namespace tokencomp::cpu::TOKENCOMP_ISA {
 
 namespace {
 
-alignas(64) const unsigned char kZeros[kMaxHeadDim * 4] = {};  // the key and value of a slot that is not there
-
 template <class T, int kRows, bool kCap>
 class PartTask {
   using Tile = Tiles<T, kRows>;
@@ -25,6 +23,7 @@ class PartTask {
   PartTask(const DecodeArgs& args, const DecodeWork& work, int64_t task, int64_t slot)
       : a(args),
         w(work),
+        own_task(task),
         rows(args.rows()),
         values(int(padded_values(args))),
         words(int(round_up(args.D, kPack<T>))),
@@ -34,10 +33,9 @@ class PartTask {
     b = pair / a.Hkv;
     kv = pair % a.Hkv;
     length = length_of(a, b, kv);
-    const int candidates = candidates_of(a, b, kv), parts = w.first_task[pair + 1] - w.first_task[pair];
+    const int candidates = candidates_of(a, b, kv);
     last_part = task + 1 == w.first_task[pair + 1];
     first_part = task == w.first_task[pair];
-    (void)parts;
     begin = part * kPartKeys;
     end = candidates - begin < kPartKeys ? candidates : begin + kPartKeys;
     top = w.partial + task * w.partial_floats;
@@ -47,6 +45,8 @@ class PartTask {
   }
 
   void run() {
+    const bool ahead = a.types.count && !a.index;
+    if (ahead) fetch_first();
     collect();
     pack_queries();
     const int64_t padded = padded_rows(a);
@@ -55,18 +55,39 @@ class PartTask {
     if (a.logits && !a.index) hide_logits();
     for (int j = 0; j < count; j += kChunkKeys) {
       const int keys = count - j < kChunkKeys ? count - j : kChunkKeys, tiles = (keys + kKeys - 1) / kKeys;
+      if (ahead) look_ahead(j);
       if (is_coded(j)) coded.open(slots + j, side + j, keys, a.index, key + j, value + j);
       for (int r = 0; r < rows; r += kRows) {
         multiply(j, tiles, r);
         soften(j, tiles, r);
         weigh(j, tiles, r);
       }
+      if (ahead) coded.ahead.fetch_rest();
     }
   }
 
  private:
   // Whether the chunk from key j on has quantized pages.
   bool is_coded(int j) const { return coded_chunks >> j / kChunkKeys & 1; }
+
+  // The pages of the first chunk, where nobody looked ahead.
+  void fetch_first() {
+    coded.ahead.template look<T>(a, b, kv, begin, end, false, 1);
+    coded.ahead.fetch_rest();
+  }
+
+  // What comes after the chunk from key j on: the next one, or the first of the task that will likely be this thread's.
+  // Working keys after working ones are left to the products with values.
+  void look_ahead(int j) {
+    const bool is_last = j + kChunkKeys >= count;
+    const int steps = is_coded(j) ? coded.kSteps : kChunkKeys / kKeys;
+    if (!is_last) return coded.ahead.template look<T>(a, b, kv, begin + j + kChunkKeys, end, is_coded(j), steps);
+    const int64_t task = own_task + w.slots;
+    if (task >= w.task_count) return;
+    const int other = w.tasks[task].pair, first = w.tasks[task].part * kPartKeys;
+    const int row = other / a.Hkv, head = other % a.Hkv;
+    coded.ahead.template look<T>(a, row, head, first, candidates_of(a, row, head), is_coded(j), steps);
+  }
 
   void carve(unsigned char* p) {
     constexpr int kMost = kPartKeys + kChunkKeys;
@@ -81,52 +102,65 @@ class PartTask {
 
   // Where the keys and values of the part lie, and what is added to their logits. -inf hides a key from all rows.
   void collect() {
-    const int floor = a.T == 1 ? floor_of(a, b, kv, 0, length) : 0;
-    const int* list = a.index ? a.index + int64_t(pair) * a.listed : nullptr;
-    const float* bias = a.key_bias ? a.key_bias + b * a.bias_stride_b + kv * a.bias_stride_h : nullptr;
-    int page_slot = -1;
-    int32_t entry = kNoPage;
-    const int newest = a.causal && a.T == 1 ? length : end_of(a, a.T - 1, length);
-    count = 0;
-    for (int i = begin; i < end; ++i, ++count) {
-      const int s = list ? list[i] : i;
-      slots[count] = s;
-      key[count] = value[count] = reinterpret_cast<const T*>(kZeros);
-      side[count] = -INFINITY;
-      if (s < 0 || s >= newest) {
-        slots[count] = -1;
-        continue;
-      }
-      if (s >> a.table.shift != page_slot) {
-        page_slot = s >> a.table.shift;
-        entry = entry_of(a, b, kv, s);
-      }
-      float z = bias ? bias[s] : 0.0f;
-      if (a.T == 1 && a.window && !(position_of(a, b, kv, s) > floor)) z = -INFINITY;
-      if (entry == kNoPage || !(z > -INFINITY)) continue;
-      side[count] = z;
-      if (page_type(entry) != 0) {
-        coded_chunks |= 1u << count / kChunkKeys;
-        continue;
-      }
-      const int in_page = a.table.slot_in_page(s);
-      key[count] = static_cast<const T*>(a.k.base) + a.k.offset(entry, kv, in_page);
-      value[count] = static_cast<const T*>(a.v.base) + a.v.offset(entry, kv, in_page);
-      if (count < kChunkKeys) prefetch_row(key[count], a.D);
+    count = end > begin ? end - begin : 0;
+    for (int i = 0; i < round_up(count, kChunkKeys); ++i) {
+      slots[i] = -1, side[i] = -INFINITY;
+      key[i] = value[i] = reinterpret_cast<const T*>(kZeroRow);
     }
-    for (int i = count; i % kChunkKeys; ++i) {
-      key[i] = value[i] = reinterpret_cast<const T*>(kZeros);
-      side[i] = -INFINITY;
-      slots[i] = -1;
+    const int newest = a.causal && a.T == 1 ? length : end_of(a, a.T - 1, length);
+    if (a.index) {
+      const int* list = a.index + int64_t(pair) * a.listed + begin;
+      for (int i = 0; i < count; ++i) {
+        if (list[i] >= 0 && list[i] < newest) place(i, list[i], 1);
+      }
+      return;
+    }
+    for (int s = begin, last = newest < end ? newest : end; s < last;) {
+      const int rest = a.table.page_size() - a.table.slot_in_page(s), keys = rest < last - s ? rest : last - s;
+      place(s - begin, s, keys);
+      s += keys;
+    }
+  }
+
+  // Slots [s, s + n) of one page are keys from i on.
+  TC_INLINE_MEMBER void place(int i, int s, int n) {
+    for (int t = 0; t < n; ++t) slots[i + t] = s + t;
+    const int32_t entry = entry_of(a, b, kv, s);
+    if (entry == kNoPage) return;
+    for (int t = 0; t < n; ++t) side[i + t] = 0.0f;
+    if (a.key_bias) {
+      const float* bias = a.key_bias + b * a.bias_stride_b + kv * a.bias_stride_h + s;
+      for (int t = 0; t < n; ++t) side[i + t] = bias[t] > -INFINITY ? bias[t] : -INFINITY;
+    }
+    if (a.T == 1 && a.window) {
+      const int floor = floor_of(a, b, kv, 0, length);
+      for (int t = 0; t < n; ++t) side[i + t] = position_of(a, b, kv, s + t) > floor ? side[i + t] : -INFINITY;
+    }
+    if (page_type(entry) != 0) {
+      for (int j = i / kChunkKeys; j <= (i + n - 1) / kChunkKeys; ++j) coded_chunks |= 1u << j;
+      if (!a.index) LinesAhead::touch(a.types.page(entry), a.types.pool_of(page_type(entry)).page_bytes);
+      return;
+    }
+    const T* k = static_cast<const T*>(a.k.base) + a.k.offset(entry, kv, a.table.slot_in_page(s));
+    const T* v = static_cast<const T*>(a.v.base) + a.v.offset(entry, kv, a.table.slot_in_page(s));
+    if (a.types.count && !a.index) {
+      LinesAhead::touch(reinterpret_cast<const uint8_t*>(k), n * a.k.slot_stride * int64_t(sizeof(T)));
+      LinesAhead::touch(reinterpret_cast<const uint8_t*>(v), n * a.v.slot_stride * int64_t(sizeof(T)));
+    }
+    for (int t = 0; t < n; ++t) {
+      if (!(side[i + t] > -INFINITY)) continue;
+      key[i + t] = k + t * a.k.slot_stride, value[i + t] = v + t * a.v.slot_stride;
+      if (i + t < kChunkKeys) prefetch_row(key[i + t], a.D);
     }
   }
 
   void pack_queries() {
-    const int padded = int(round_up(rows, kRows));
-    for (int r = 0; r < padded; ++r) {
+    for (int r = 0; r < round_up(rows, kRows); ++r) {
       const T* row = static_cast<const T*>(a.q) + b * a.q_stride_b + (kv * a.group() + r / a.T) * a.q_stride_h +
                      r % a.T * a.q_stride_t;
-      for (int c = 0; c < words; ++c) query[r * words + c] = r < rows && c < a.D ? row[c] : T{};
+      T* own = query + r * words;
+      if (r < rows) __builtin_memcpy(own, row, size_t(a.D) * sizeof(T));
+      for (int c = r < rows ? a.D : 0; c < words; ++c) own[c] = T{};
       if (coded_chunks) coded.add_query(r, r < rows ? row : nullptr);
     }
   }
@@ -150,13 +184,15 @@ class PartTask {
   TC_INLINE_MEMBER void multiply(int j, int tiles, int r) {
     const Vec scale = broadcast(kCap ? a.scale / a.softcap : a.scale), cap = broadcast(a.softcap);
     const Vec lowest = broadcast(-INFINITY);
+    if (is_coded(j)) coded.multiply_bytes(tiles * kKeys, r);
     for (int i = 0; i < tiles; ++i) {
       const int at = j + i * kKeys;
       Vec z = is_coded(j) ? coded.products(key + j, at - j, r, query + r * words, words)
                           : Tile::products(key + at, query + r * words, words, 0, a.D);
-      if (r == 0) {
+      if (r == 0 && value[at] != reinterpret_cast<const T*>(kZeroRow)) {
         for (int t = 0; t < kKeys; ++t) prefetch_row(value[at + t], a.Dv);
       }
+      if (is_coded(j) ? i % (tiles / 2 + 1) == 0 : r == 0) coded.ahead.fetch();
       const Vec bias = repeat<kKeys>(side + at);
       if constexpr (kCap) {
         z = fma(tanh(mul(z, scale)), cap, bias);
@@ -212,7 +248,10 @@ class PartTask {
       const Vec p = exp2(mul(sub(load(logits + i * kWidth), from), log2e));  // -inf less -inf is NaN: 0
       sum_of = add(sum_of, p);
       W::store_weights(weights + i * kWidth, p);
-      if (is_coded(j)) store(logits + i * kWidth, p);
+      if (is_coded(j)) {
+        store(logits + i * kWidth, p);
+        if (i % (tiles / 2 + 1) == 0) coded.ahead.fetch();
+      }
     }
     store(lanes, sum_of);
     for (int i = 0; i < kRows; ++i) {
@@ -237,6 +276,7 @@ class PartTask {
 
   const DecodeArgs& a;
   const DecodeWork& w;
+  const int64_t own_task;
   const int rows, values, words;
   int pair, part, b, kv, length, begin, end, count = 0;
   bool first_part, last_part;

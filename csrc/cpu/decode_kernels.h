@@ -41,13 +41,20 @@ TC_HD int64_t working_bytes(const DecodeArgs& a) {
   return round_up(queries + keys * 24 + kChunkKeys * kRowPadding * 8 + padded_values(a) * 4, 64);
 }
 
+// Of what is multiplied in bytes: two parts of queries, folded queries and weights; weights and scales.
+TC_HD int64_t byte_floats(const DecodeArgs& a) {
+  const int64_t rows = padded_rows(a), parts = (rows + kRowPadding) * padded_values(a) + kChunkKeys * kRowPadding;
+  return parts / 2 + kChunkKeys * kRowPadding + 2 * round_up(rows, 16);
+}
+
 // Of chunks with quantized pages: rows of numbers; grids; scales and biases of a block's sums; folded queries, sums and
 // weights; the queries themselves, in two forms and a number each.
 TC_HD int64_t coded_bytes(const DecodeArgs& a) {
   const int64_t width = padded_values(a), rows = padded_rows(a);
   const int64_t grids = 4 * kMaxGroups * kChunkKeys, blocks = 2 * (kChunkKeys / kBlockKeys + 1) * width;
   const int64_t folded = 3 * kRowPadding * width + kChunkKeys * kRowPadding;
-  return 4 * (2 * kChunkKeys * width + grids + blocks + folded + rows * (3 * width + 1));
+  return 4 *
+         (2 * kChunkKeys * width + grids + blocks + folded + rows * 3 * width + round_up(rows, 16) + byte_floats(a));
 }
 
 TC_HD int64_t scratch_bytes(const DecodeArgs& a) {

@@ -69,9 +69,12 @@ class SheetWriter {
   }
   f16* params(int row) const { return s.params_at(place) + int64_t(row) * s.groups_per_row() * 2; }
 
-  TC_INLINE_MEMBER void fetch_ahead(const T* x) const {
-    if (!x) return;
-    const char* ahead = reinterpret_cast<const char*>(x + kAhead * s.stride_s);
+  // Rows in order lie a stride apart; rows of a list, slots of pages, anywhere.
+  TC_INLINE_MEMBER void fetch_ahead(int t, const T* x) const {
+    const T* later = x ? x + kAhead * s.stride_s : nullptr;
+    if (s.index) later = t + kAhead < s.tokens ? row(t + kAhead) : nullptr;
+    if (!later) return;
+    const char* ahead = reinterpret_cast<const char*>(later);
     for (int i = 0; i < D * int(sizeof(T)); i += kLine) __builtin_prefetch(ahead + i);
   }
 
@@ -88,7 +91,7 @@ class SheetWriter {
   void fit_tokens(int begin, int end) {
     for (int t = begin; t < end; ++t) {
       const T* x = row(t);
-      fetch_ahead(x);
+      fetch_ahead(t, x);
       float* to = y + (t - begin) * D;
       for (int d = 0; d < D; d += kWidth) store_up_to(to + d, x ? mapped(x, d) : broadcast(0.0f), D - d);
     }
@@ -133,7 +136,7 @@ class SheetWriter {
       const T* x = row(t);
       if (!x) continue;
       any = true;
-      fetch_ahead(x);
+      fetch_ahead(t, x);
       for (int i = 0; i < kVecs; ++i) r[i] = including(r[i], mapped(x, d + i * kWidth));
     }
     const Vec zero = broadcast(0.0f);

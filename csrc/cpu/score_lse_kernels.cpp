@@ -1,11 +1,18 @@
 // Log-sum-exp of attention rows on the CPU, with or without the logits, compiled once per instruction-set level. The
-// rows of all heads of a group form one list, so that a packed key serves them all. Keys are split where rows are few;
-// the parts are merged in order.
+// rows of all heads of a group form one list, so that a packed key serves them all; where they are few, keys are
+// multiplied where they lie, packing them would take longer than that. Keys are split where rows are few; the parts are
+// merged in order.
 #include "core/dispatch.h"
+#include "cpu/row_tiles.h"
 #include "cpu/score_tiles.h"
 
 namespace tokencomp::cpu::TOKENCOMP_ISA {
 namespace {
+
+constexpr int kFewRows = 8;      // that are multiplied with keys where they lie; measured, see bench/notes/score.md
+constexpr int kRowsAtOnce = 12;  // rows are padded to whole tiles of either kind
+constexpr int kKeysAhead = 128;  // rows of keys that are fetched before they are multiplied
+static_assert(kRowsAtOnce % kRowTile == 0 && kRowsAtOnce % 4 == 0 && kRowBlock % kRowsAtOnce == 0);
 
 struct LseRow {
   int64_t at;  // in lse
@@ -41,9 +48,13 @@ class LseTask {
       fill(rows[i], (last + kKeyBlock - 1) / kKeyBlock * kKeyBlock, end);
     }
     for (int j = first; j < last; j += kKeyBlock) {
-      operands.pack_keys(b, kv, j, kKeyBlock, keys);
       load_bias(l.a, b, kv, j, kKeyBlock, 1.0f, bias);
-      for (int i = 0; i < count; i += kRowTile) fold(i, j);
+      if (row_end - row_begin <= kFewRows) {
+        fold_few(j);
+      } else {
+        operands.pack_keys(b, kv, j, kKeyBlock, keys);
+        for (int i = 0; i < count; i += kRowTile) fold(i, j);
+      }
     }
     for (int i = 0; i < count; ++i) write(rows[i]);
   }
@@ -69,7 +80,7 @@ class LseTask {
       operands.pack_query(b, h, t, words + int64_t(count) * operands.padded);
       rows[count++] = row;
     }
-    for (int i = count; i % kRowTile; ++i) {  // rows that fill the last tile see nothing
+    for (int i = count; i % kRowsAtOnce; ++i) {  // rows that fill the last tile see nothing
       rows[i] = {-1, {0, 0}, -INFINITY, 0.0f};
       for (int word = 0; word < operands.padded; ++word) words[int64_t(i) * operands.padded + word] = 0;
     }
@@ -86,28 +97,73 @@ class LseTask {
     out[1] = row.sum;
   }
 
+  // Of the block from key j on, the keys that are multiplied: whole tiles.
+  int used_of(int j) const {
+    return (end - j < kKeyBlock ? end - j + kLaneTile - 1 : kKeyBlock) / kLaneTile * kLaneTile;
+  }
+
   // Keys [j, j + kKeyBlock) for rows i ... i + kRowTile.
   void fold(int i, int j) {
     Vec top[kRowTile];
     for (int r = 0; r < kRowTile; ++r) top[r] = broadcast(-INFINITY);
-    const int used = (end - j < kKeyBlock ? end - j + kLaneTile - 1 : kKeyBlock) / kLaneTile * kLaneTile;
+    const int used = used_of(j);
     for (int u = 0; u < used; u += kLaneTile) {
       Vec s[kRowTile][kLaneVecs];
       lane_products<T>(words + int64_t(i) * operands.padded, operands.padded, keys + int64_t(u) * operands.padded,
                        operands.words, s);
       for (int r = 0; r < kRowTile; ++r) {
-        const Range range = rows[i + r].range;
         for (int v = 0; v < kLaneVecs; ++v) {
-          const int key = j + u + v * kWidth;
-          const Vec lowest = broadcast(-INFINITY);
-          Vec z = logit(s[r][v], load(bias + u + v * kWidth));
-          z = between(max(z, lowest), range.begin - key, range.end - key, -INFINITY);  // NaN counts as -inf
-          top[r] = max(z, top[r]);
-          store(buffer + r * kKeyBlock + u + v * kWidth, z);
+          top[r] = max(keep_logits(s[r][v], rows[i + r].range, r, j, u + v * kWidth), top[r]);
         }
       }
     }
     for (int r = 0; r < kRowTile && i + r < count; ++r) fold_row(rows[i + r], maximum(top[r]), r, j, used);
+  }
+
+  // Keys [j, j + kKeyBlock) for all rows.
+  void fold_few(int j) {
+    const T* key[kKeyBlock + kKeysAhead];
+    operands.key_rows(b, kv, j, kKeyBlock, kKeysAhead, key, reinterpret_cast<T*>(keys));
+    const int used = used_of(j);
+    for (int i = 0; i < count;) {
+      if (count - i == 1) {
+        fold_rows<1>(key, i++, j, used);
+      } else if (count - i == 2) {
+        fold_rows<2>(key, i, j, used), i += 2;
+      } else {
+        fold_rows<4>(key, i, j, used), i += 4;
+      }
+    }
+  }
+
+  template <int kRows>
+  void fold_rows(const T* const* key, int i, int j, int used) {
+    using Tile = RowTiles<T, kRows>;
+    constexpr int kKeys = Tile::kKeys;
+    for (int u = 0; u < used; u += kKeys) {
+      alignas(64) float z[kWidth];
+      store(z, operands.template products<kRows>(key + u, words + int64_t(i) * operands.padded));
+      for (int r = 0; r < kRows; ++r) {
+        __builtin_memcpy(buffer + r * kKeyBlock + u, z + r * kKeys, kKeys * sizeof(float));
+      }
+      for (int t = 0; i == 0 && t < kKeys; ++t) operands.fetch(key[u + kKeysAhead + t]);
+    }
+    for (int r = 0; r < kRows && i + r < count; ++r) {
+      Vec top = broadcast(-INFINITY);
+      for (int u = 0; u < used; u += kWidth) {
+        top = max(keep_logits(load(buffer + r * kKeyBlock + u), rows[i + r].range, r, j, u), top);
+      }
+      fold_row(rows[i + r], maximum(top), r, j, used);
+    }
+  }
+
+  // The logits of kWidth products with the keys from j + u on, kept for `fold_row`.
+  TC_INLINE_MEMBER Vec keep_logits(Vec product, Range range, int r, int j, int u) const {
+    const int key = j + u;
+    Vec z = max(logit(product, load(bias + u)), broadcast(-INFINITY));  // NaN counts as -inf
+    z = between(z, range.begin - key, range.end - key, -INFINITY);
+    store(buffer + r * kKeyBlock + u, z);
+    return z;
   }
 
   void fold_row(LseRow& row, float top, int r, int j, int used) {
