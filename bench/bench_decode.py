@@ -11,17 +11,14 @@ dequantize all of an int4 cache before they attend, as Hugging Face's QuantizedC
 turns and the best time counts, because machines are shared.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import decode_types
 import torch
-from common import Ceilings, Row, document, interleaved_seconds, measure_ceilings, table
+from common import Row, command, interleaved_seconds
 from tokencomp import ops
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -142,24 +139,5 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
-    parser.add_argument("--check", action="store_true", help="also hold the results to PyTorch's")
-    parser.add_argument("--quick", action="store_true", help="small shapes only")
-    args = parser.parse_args()
-    ceilings: Ceilings = measure_ceilings(args.device)
-    rows = run(args.device, quick=args.quick, checked=args.check)
-    print(table(rows, ceilings))
-    if args.out:
-        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(run, __doc__))

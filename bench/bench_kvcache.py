@@ -4,19 +4,19 @@
 
 One layer of 8 kv heads of 128 channels. A decode step appends one token (plain: ``torch.cat``, as
 ``DynamicCache`` does); a prompt is appended, gathered, compacted to a half and to a quarter, turned to new
-positions, and merged before it is compacted. Contenders take turns, and the best time of each counts.
+positions, and merged before it is compacted, and a half of it becomes int4 pages. Contenders take turns, and
+the best time of each counts.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from common import Ceilings, Row, document, interleaved_seconds, measure_ceilings, table
+from bench_kvquant import plain_quantize
+from common import Row, command, interleaved_seconds
 from tokencomp import ops, rope
+from tokencomp.ops.kvquant_pages import PageFormat
 from torch import Tensor
 
 HKV, D = 8, 128
@@ -184,6 +184,34 @@ def arithmetic_stages(p: Problem, device: str) -> Iterator[tuple[str, float, flo
     )
 
 
+def retier_stage(p: Problem, device: str) -> tuple[str, float, float, Contenders]:
+    """A random half of the slots of each head, from working pages to int4 pages."""
+    layer = Layer(p, device)
+    page = PageFormat(tokens=p.P, head_dim=D, layout="mma16" if device == "cuda" else "linear")
+    index, _ = layer.kept(0.5)
+    slots = index.view(-1, p.P)
+    number = torch.arange(len(slots), dtype=torch.int32, device=device)
+    sequence = number // (len(slots) // HKV)
+    pool = torch.zeros(len(slots), page.page_bytes, dtype=torch.uint8, device=device)
+
+    def dense() -> list[tuple[Tensor, Tensor]]:
+        k, v = layer.select(index)
+        return [plain_quantize(k, 4, "channel", p.P), plain_quantize(v, 4, "token", D)]
+
+    return (
+        f"half to int4 pages, {p.name}",
+        0.0,
+        p.bytes(0.5 * p.tokens) / 2 + pool.numel(),
+        {
+            "tokencomp": lambda _: ops.kv_retier_(
+                pool, *layer.pages, layer.table, sequence, slots, number, page
+            ),
+            "copy": lambda turn: layer.copy(p.tokens // 2, turn),
+            "dense": lambda _: dense(),
+        },
+    )
+
+
 def nearest(layer: Layer, index: Tensor, member: Tensor) -> Tensor:
     """``evict_assign`` through the matrix of all similarities."""
     product: Tensor | None = None
@@ -218,6 +246,7 @@ def stages(device: str, *, quick: bool) -> Iterator[tuple[str, float, float, Con
             yield from copy_stages(Problem(tokens, dtype, P), device)
     for dtype in (torch.bfloat16, torch.float32):
         yield from arithmetic_stages(Problem(sizes[0], dtype, P), device)
+        yield retier_stage(Problem(sizes[0], dtype, P), device)
 
 
 def check(device: str) -> None:
@@ -250,26 +279,5 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
-    parser.add_argument(
-        "--check", action="store_true", help="also compare the results with the dense formulation"
-    )
-    parser.add_argument("--quick", action="store_true", help="the smallest shape only")
-    args = parser.parse_args()
-    ceilings: Ceilings = measure_ceilings(args.device)
-    rows = run(args.device, quick=args.quick, checked=args.check)
-    print(table(rows, ceilings))
-    if args.out:
-        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(run, __doc__))

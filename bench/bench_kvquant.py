@@ -8,17 +8,14 @@ those of the codes, written (of a copy: read and written). Contenders take turns
 counts.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Ceilings, Row, document, interleaved_seconds, measure_ceilings, rotating, table
+from common import Row, command, interleaved_seconds, rotating
 from tokencomp import ops, reference
 from torch import Tensor
 
@@ -125,24 +122,5 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
-    parser.add_argument("--check", action="store_true", help="also hold the results to the specification")
-    parser.add_argument("--quick", action="store_true", help="the smallest shape only")
-    args = parser.parse_args()
-    ceilings: Ceilings = measure_ceilings(args.device)
-    rows = run(args.device, quick=args.quick, checked=args.check)
-    print(table(rows, ceilings))
-    if args.out:
-        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(run, __doc__))

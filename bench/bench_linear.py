@@ -7,14 +7,11 @@ blocks of 256 rows, in float32 by torch's matrix products. GFLOP/s are of that f
 chunks fewer are needed. Contenders take turns and the best of each counts.
 """
 
-import argparse
-import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from common import Ceilings, Row, document, interleaved_seconds, measure_ceilings, table
+from common import Row, command, interleaved_seconds
 from tokencomp import ops, reference
 from tokencomp.linear import decay_slopes
 from torch import Tensor
@@ -117,25 +114,5 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
-    parser.add_argument("--check", action="store_true", help="also hold the results to the specification")
-    parser.add_argument("--quick", action="store_true", help="small shapes only")
-    args = parser.parse_args()
-    ceilings: Ceilings = measure_ceilings(args.device)
-    rows = run(args.device, quick=args.quick, checked=args.check)
-    print(table(rows, ceilings))
-    print(f"\nproducts: bfloat16 {ceilings.bf16_gflops:.0f} GFLOP/s, float32 {ceilings.fp32_gflops:.0f}")
-    if args.out:
-        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command(run, __doc__, products=True))

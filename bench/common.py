@@ -2,7 +2,7 @@
 
 Times are medians over repeats after a warm-up; inputs rotate through copies larger than the caches where they
 fit in memory. On CUDA, events time the device. Ceilings: copy bandwidth and matrix-product rate with the same
-threads.
+threads, and copy bandwidth with one.
 """
 
 import argparse
@@ -12,9 +12,11 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,23 @@ import torch
 from torch import Tensor
 
 ROTATE_BYTES = 96 << 20  # more than the last-level cache of one socket's share
+
+
+class Seconds(float):
+    """A time and its ``noise``: how far apart the odd and the even repeats put it, relative to it."""
+
+    noise: float
+
+    def __new__(cls, seconds: float, noise: float = 0.0) -> "Seconds":
+        made = super().__new__(cls, seconds)
+        made.noise = noise
+        return made
+
+
+def estimate(times: Sequence[float], of: Callable[[Sequence[float]], float]) -> Seconds:
+    """One time from those of several repeats."""
+    seconds = of(times)
+    return Seconds(seconds, abs(of(times[::2]) - of(times[1::2])) / seconds)
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,12 @@ class Row:
     flops: float
     bytes: float
     baseline: bool = False  # a peer that speed-ups are quoted against
+    tokens: float = 0.0  # that one call processes, where a model runs
+    held: float = 0.0  # bytes of the model's cache behind the prompt
+
+    @property
+    def noise(self) -> float:
+        return getattr(self.seconds, "noise", 0.0)
 
     @property
     def gflops(self) -> float:
@@ -51,6 +76,7 @@ class Ceilings:
     """Measured limits of this machine: a copy (read + write), float32 and bfloat16 products."""
 
     copy_gbytes: float
+    copy_alone_gbytes: float  # by one thread
     fp32_gflops: float
     bf16_gflops: float
 
@@ -64,7 +90,7 @@ def median_seconds(
     begin = time.perf_counter()
     while len(times) < 3 or (len(times) < repeats and time.perf_counter() - begin < budget):
         times.append(_seconds(lambda: call(len(times) + 1), device))
-    return statistics.median(times)
+    return estimate(times, statistics.median)
 
 
 def interleaved_seconds(
@@ -74,15 +100,15 @@ def interleaved_seconds(
 
     For shared machines: what slows one contender slows all, and the best is what the code itself takes.
     """
-    best = dict.fromkeys(calls, float("inf"))
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call(0)
     begin, turn = time.perf_counter(), 0
     while turn < 3 or (turn < repeats and time.perf_counter() - begin < budget):
         turn += 1
         for name, call in calls.items():
-            best[name] = min(best[name], _seconds(partial(call, turn), device))
-    return best
+            times[name].append(_seconds(partial(call, turn), device))
+    return {name: estimate(some, min) for name, some in times.items()}
 
 
 def _seconds(call: Callable[[], Any], device: str) -> float:
@@ -93,9 +119,28 @@ def _seconds(call: Callable[[], Any], device: str) -> float:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-    begin = time.perf_counter()
+    begin = now()
     call()
-    return time.perf_counter() - begin
+    return now() - begin
+
+
+_clock = time.perf_counter
+
+
+def now() -> float:
+    """Seconds of the wall, or of the processor inside ``clock``."""
+    return _clock()
+
+
+@contextmanager
+def clock(*, processor: bool) -> Iterator[None]:
+    """Which time counts inside. That of the processor does not run while others on the machine have it."""
+    global _clock
+    before, _clock = _clock, time.process_time if processor else time.perf_counter
+    try:
+        yield
+    finally:
+        _clock = before
 
 
 def rotating(x: Tensor) -> list[Tensor]:
@@ -105,19 +150,37 @@ def rotating(x: Tensor) -> list[Tensor]:
 
 
 def measure_ceilings(device: str) -> Ceilings:
-    """Copy and matrix-product rates with the threads in use."""
+    """Copy and matrix-product rates with the threads in use: of the best times, as a ceiling is."""
     source = torch.zeros((1 << 30 if device == "cuda" else 64 << 20) // 4, device=device)
     target = torch.empty_like(source)
-    copy = median_seconds(lambda _: target.copy_(source), device)
+    size = 2 * source.numel() * 4 / 1e9
+    copy = _best_seconds(lambda _: target.copy_(source), device)
+    with threads(1):
+        alone = _best_seconds(lambda _: target.copy_(source), device)
     rates = [_product_gflops(dtype, device) for dtype in (torch.float32, torch.bfloat16)]
-    return Ceilings(2 * source.numel() * 4 / copy / 1e9, rates[0], rates[1])
+    return Ceilings(size / copy, size / alone, rates[0], rates[1])
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """So many of the processor inside; None: as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _product_gflops(dtype: torch.dtype, device: str) -> float:
     size = 4096 if device == "cuda" else 1536
     a = torch.randn(size, size, device=device).to(dtype)
     out = torch.empty_like(a)
-    return 2 * size**3 / median_seconds(lambda _: torch.mm(a, a, out=out), device) / 1e9
+    return 2 * size**3 / _best_seconds(lambda _: torch.mm(a, a, out=out), device) / 1e9
+
+
+def _best_seconds(call: Callable[[int], Any], device: str) -> float:
+    return interleaved_seconds({"": call}, device, budget=2.0)[""]
 
 
 def cpu_name() -> str:
@@ -136,6 +199,7 @@ def machine(device: str) -> dict[str, str]:
         "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "isa": f"{features['active']} (available: {', '.join(features['available'])})",
         "threads": str(torch.get_num_threads()),
+        "clock": "wall" if _clock is time.perf_counter else "processor, all threads together",
         "torch": torch.__version__,
         "tokencomp": tokencomp.__version__,
         "date": datetime.date.today().isoformat(),
@@ -145,28 +209,59 @@ def machine(device: str) -> dict[str, str]:
     return facts
 
 
+PEERS = ("transformers", "kvpress", "optimum-quanto", "hqq")  # packages that benches compare with
+
+
+def peers() -> dict[str, str]:
+    """Version of each package that a bench compares with."""
+    found = {}
+    for name in PEERS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "(not installed)"
+    return found
+
+
 def table(rows: list[Row], ceilings: Ceilings) -> str:
     """Markdown, one line a measurement; speed-ups are against each baseline of the same case."""
     peers = sorted({row.name for row in rows if row.baseline})
-    head = ["case", "", "ms", *(f"x {peer}" for peer in peers), "GB/s", "% copy", "GFLOP/s", "% fp32 matmul"]
+    columns = _columns(rows, ceilings)
+    head = ["case", "", "ms", *(f"x {peer}" for peer in peers), *columns]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for i, row in enumerate(rows):
         case = row.case if i == 0 or rows[i - 1].case != row.case else ""
         by_peer = {r.name: r.seconds for r in rows if r.case == row.case and r.baseline}
         ratios = [f"{by_peer[peer] / row.seconds:.2f}" if peer in by_peer else "" for peer in peers]
-        rates = [f"{row.gbytes:.1f}", f"{100 * row.gbytes / ceilings.copy_gbytes:.0f}"]
-        rates += [f"{row.gflops:.1f}", f"{100 * row.gflops / ceilings.fp32_gflops:.0f}"]
+        rates = [show(row) for show in columns.values()]
         lines.append("| " + " | ".join([case, row.name, f"{row.seconds * 1e3:.3f}", *ratios, *rates]) + " |")
     return "\n".join(lines)
 
 
-def document(device: str, ceilings: Ceilings, rows: list[Row]) -> dict[str, Any]:
-    """Everything of one run, ready for JSON."""
-    return {"machine": machine(device), "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}
+def _columns(rows: list[Row], ceilings: Ceilings) -> dict[str, Callable[[Row], str]]:
+    """Rates: tokens and the cache of a model; work of an operator and its share of the ceilings."""
+    if any(row.tokens for row in rows):
+        return {
+            "tokens/s": lambda row: f"{row.tokens / row.seconds:.1f}" if row.tokens else "",
+            "cache MB": lambda row: f"{row.held / 1e6:.2f}" if row.held else "",
+        }
+    return {
+        "GB/s": lambda row: f"{row.gbytes:.1f}",
+        "% copy": lambda row: f"{100 * row.gbytes / ceilings.copy_gbytes:.0f}",
+        "GFLOP/s": lambda row: f"{row.gflops:.1f}",
+        "% fp32 matmul": lambda row: f"{100 * row.gflops / ceilings.fp32_gflops:.0f}",
+    }
 
 
-def command(run: Callable[..., list[Row]], description: str | None) -> int:
-    """The command line of a bench: measure, print the table, write JSON where asked to."""
+def document(device: str, ceilings: Ceilings, rows: list[Row]) -> str:
+    """Everything of one run as JSON, a line for each measurement."""
+    measured = ",\n".join("  " + json.dumps(asdict(row) | {"noise": row.noise}) for row in rows)
+    facts = {"machine": machine(device), "ceilings": asdict(ceilings)}
+    return json.dumps(facts, indent=1)[:-2] + f',\n "rows": [\n{measured}\n ]\n}}\n'
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every command here understands."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -174,15 +269,29 @@ def command(run: Callable[..., list[Row]], description: str | None) -> int:
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument("--threads", type=int, help="of the processor; default: torch's")
-    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
+    parser.add_argument(
+        "--processor",
+        action="store_true",
+        help="count time of the processor; with --threads 1",
+    )
     parser.add_argument("--check", action="store_true", help="also hold the results to the specification")
-    parser.add_argument("--quick", action="store_true", help="the smallest shape only")
+    parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
+    return parser
+
+
+def command(run: Callable[..., list[Row]], description: str | None, *, products: bool = False) -> int:
+    """The command line of a bench: measure, print the table (``products``: and of matrices), write JSON."""
+    parser = arguments(description)
+    parser.add_argument("--out", type=Path, help="write the measurements as JSON")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    ceilings = measure_ceilings(args.device)
-    rows = run(args.device, quick=args.quick, checked=args.check)
-    print(table(rows, ceilings))
-    if args.out:
-        args.out.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
+    with threads(args.threads), clock(processor=args.processor):
+        ceilings = measure_ceilings(args.device)
+        rows = run(args.device, quick=args.quick, checked=args.check)
+        print(table(rows, ceilings))
+        if products:
+            print(
+                f"\nproducts: bfloat16 {ceilings.bf16_gflops:.0f} GFLOP/s, float32 {ceilings.fp32_gflops:.0f}"
+            )
+        if args.out:
+            args.out.write_text(document(args.device, ceilings, rows))
     return 0

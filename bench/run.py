@@ -1,27 +1,43 @@
 """Runs every bench on this machine and writes bench/RESULTS.md (generated whole, so it never mixes machines).
 
-python bench/run.py [--device cpu|cuda] [--quick] [--check] [--out RESULTS.md] [--json results.json]
+    python bench/run.py [--device cpu|cuda] [--only NAME,...] [--skip NAME,...] [--quick] [--check]
+                        [--out FILE] [--json FILE]
+
+The measurements go to bench/results/<device>.json as well; those of a part of the benches to build/bench.
+What was in bench/results before, of the same machine, is compared with them by check.py: the run fails where
+a ratio got worse, and where a bench failed; the other benches run all the same. Peers that are not installed
+are named and left out.
 """
 
-import argparse
 import importlib
 import json
 import sys
+import traceback
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from common import Ceilings, Row, document, machine, measure_ceilings, table  # noqa: E402
+from check import compare  # noqa: E402
+from common import (  # noqa: E402
+    Ceilings,
+    Row,
+    arguments,
+    clock,
+    document,
+    machine,
+    measure_ceilings,
+    peers,
+    table,
+    threads,
+)
 
 
 def families() -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
-def markdown(device: str, ceilings: Ceilings, rows: list[Row], *, quick: bool) -> str:
+def markdown(device: str, ceilings: Ceilings, rows: list[Row], failed: list[str], *, quick: bool) -> str:
     lines = [
         "# Results",
         "",
@@ -30,10 +46,14 @@ def markdown(device: str, ceilings: Ceilings, rows: list[Row], *, quick: bool) -
     ]
     if quick:
         lines += ["**Quick run: the smallest shapes only.**", ""]
+    if failed:
+        lines += [f"**Failed: {', '.join(failed)}.**", ""]
     lines += [f"- {key}: {value}" for key, value in machine(device).items()]
     lines += [
-        f"- measured ceilings: copy {ceilings.copy_gbytes:.1f} GB/s, matrix product in float32 "
-        f"{ceilings.fp32_gflops:.0f} GFLOP/s, in bfloat16 {ceilings.bf16_gflops:.0f} GFLOP/s",
+        f"- peers besides torch: {', '.join(f'{name} {version}' for name, version in peers().items())}",
+        f"- measured ceilings: copy {ceilings.copy_gbytes:.1f} GB/s, with one thread "
+        f"{ceilings.copy_alone_gbytes:.1f}, matrix product in float32 {ceilings.fp32_gflops:.0f} GFLOP/s, in "
+        f"bfloat16 {ceilings.bf16_gflops:.0f} GFLOP/s",
         "- GB/s and GFLOP/s count the work of the plain loop: above a ceiling, work was avoided",
         "",
     ]
@@ -42,29 +62,51 @@ def markdown(device: str, ceilings: Ceilings, rows: list[Row], *, quick: bool) -
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
-    parser.add_argument("--check", action="store_true", help="also hold the results to the specification")
-    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
-    parser.add_argument("--json", type=Path, help="also write the measurements as JSON")
-    args = parser.parse_args()
-    ceilings = measure_ceilings(args.device)
+def measure(names: list[str], device: str, *, quick: bool, checked: bool) -> tuple[list[Row], list[str]]:
+    """The rows of every bench, and the benches that failed, a failed check among them."""
     rows: list[Row] = []
-    for family in families():
-        rows += importlib.import_module(f"bench_{family}").run(
-            args.device, quick=args.quick, checked=args.check
-        )
-    args.out.write_text(markdown(args.device, ceilings, rows, quick=args.quick))
-    if args.json:
-        args.json.write_text(json.dumps(document(args.device, ceilings, rows), indent=1) + "\n")
-    print(f"wrote {args.out}")
-    return 0
+    failed = []
+    for name in names:
+        try:
+            rows += importlib.import_module(f"bench_{name}").run(device, quick=quick, checked=checked)
+        except (Exception, SystemExit):
+            traceback.print_exc()
+            failed.append(name)
+    return rows, failed
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    print(f"wrote {file}")
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--only", help="benches, separated by commas; default: all")
+    parser.add_argument("--skip", default="", help="benches to leave out")
+    parser.add_argument("--out", type=Path, help="default: bench/RESULTS.md")
+    parser.add_argument("--json", type=Path, help="default: bench/results/<device>.json")
+    args = parser.parse_args()
+    skipped = args.skip.split(",") if args.skip else []
+    names = args.only.split(",") if args.only else families()
+    if unknown := {*names, *skipped} - set(families()):
+        parser.error(f"no bench of {', '.join(sorted(unknown))}; there are {', '.join(families())}")
+    names = [name for name in names if name not in skipped]
+    with threads(args.threads), clock(processor=args.processor):
+        ceilings = measure_ceilings(args.device)
+        rows, failed = measure(names, args.device, quick=args.quick, checked=args.check)
+        text = document(args.device, ceilings, rows)
+        page = markdown(args.device, ceilings, rows, failed, quick=args.quick)
+    kept = HERE / "results" / f"{args.device}.json"
+    before = json.loads(kept.read_text()) if kept.exists() else None
+    part = HERE.parent / "build" / "bench" if args.quick or names != families() else None
+    write(args.out or (part or HERE) / "RESULTS.md", page)
+    write(args.json or (part or kept.parent) / kept.name, text)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    got_worse = before is not None and compare(before, json.loads(text)) == 1
+    return 1 if failed or got_worse else 0
 
 
 if __name__ == "__main__":

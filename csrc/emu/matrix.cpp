@@ -1,6 +1,7 @@
 // Warp-wide matrix instructions: ldmatrix, stmatrix and mma. Layouts are those of the PTX documentation; with
 // g = lane / 4 and t = lane % 4, an accumulator register pair holds row g (and g + 8), columns 2t and 2t + 1.
 #include "emu/halves.h"
+#include "emu/record.h"
 #include "emu/runtime.h"
 
 namespace emu {
@@ -39,8 +40,16 @@ uint16_t& element(void** lanes, int m, int l, int half) {
   return static_cast<RowOperand*>(lanes[m * 8 + i])->row[j];
 }
 
+void record_rows(void** lanes) {
+  if (!record::counting) return;
+  const void* rows[kWarp];
+  for (int l = 0; l < kWarp; l++) rows[l] = static_cast<RowOperand*>(lanes[l])->row;
+  record::matrix_rows(rows);
+}
+
 template <bool transpose>
 void load_matrices(void** lanes, uint32_t) {
+  record_rows(lanes);
   for (int m = 0; m < 4; m++) {
     for (int l = 0; l < kWarp; l++) {
       const uint32_t low = element<transpose>(lanes, m, l, 0), high = element<transpose>(lanes, m, l, 1);
@@ -51,6 +60,7 @@ void load_matrices(void** lanes, uint32_t) {
 
 template <bool transpose>
 void store_matrices(void** lanes, uint32_t) {
+  record_rows(lanes);
   for (int m = 0; m < 4; m++) {
     for (int l = 0; l < kWarp; l++) {
       const uint32_t pair = static_cast<RowOperand*>(lanes[l])->r[m];

@@ -33,6 +33,8 @@ struct Options {
   bool eager_copies = false;
   unsigned os_threads = 1;
   double watchdog_seconds = 20;
+  const char* record = nullptr;  // a file that gets a line for each launch
+  bool dry = false;              // launches are checked and recorded, kernels do not run
   static Options from_environment();
 };
 

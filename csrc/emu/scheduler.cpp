@@ -8,6 +8,7 @@
 #include <exception>
 #include <thread>
 
+#include "emu/record.h"
 #include "emu/runtime.h"
 #include "emu/watchdog.h"
 
@@ -26,11 +27,6 @@ thread_local std::string failure;
 uint64_t volume(dim3 d) { return uint64_t(d.x) * d.y * d.z; }
 
 uint3 unflatten(unsigned i, dim3 d) { return {i % d.x, i / d.x % d.y, i / d.x / d.y}; }
-
-const char* setting(const char* name) {
-  const char* value = std::getenv(name);
-  return value && *value ? value : nullptr;
-}
 
 // What a thread does after its last instruction.
 void exit_thread(Thread& t) {
@@ -190,7 +186,7 @@ void check_pending(const Team& team) {
   }
 }
 
-void check_configuration(const LaunchShape& s, const Device& device, const void* kernel) {
+void check_configuration(const LaunchShape& s, const Device& device, const void* kernel, bool dry) {
   auto refuse = [&](const std::string& why) {
     throw std::runtime_error(kernel_at(kernel) + ": invalid launch: " + why);
   };
@@ -206,7 +202,7 @@ void check_configuration(const LaunchShape& s, const Device& device, const void*
   if (s.cluster > 1 && device.max_cluster == 1) refuse("this device has no clusters");
   if (s.cluster > 16) refuse("cluster of " + std::to_string(s.cluster) + " blocks, at most 16");
   if (s.grid.x % s.cluster) refuse("grid.x is not a multiple of the cluster size");
-  if (s.cooperative && threads * blocks > kMaxTeam) {
+  if (s.cooperative && !dry && threads * blocks > kMaxTeam) {
     refuse("a cooperative grid of " + std::to_string(threads * blocks) +
            " threads: all would have to be alive together, " + "the emulator takes at most " +
            std::to_string(kMaxTeam));
@@ -234,36 +230,6 @@ void run_teams(const Launch& launch, const std::vector<unsigned>& order, unsigne
 }
 
 }  // namespace
-
-Options Options::from_environment() {
-  Options o;
-  if (const char* s = setting("TOKENCOMP_EMU_SCHED")) {
-    if (!std::strcmp(s, "reverse"))
-      o.schedule = Schedule::reverse;
-    else if (!std::strcmp(s, "random"))
-      o.schedule = Schedule::random;
-    else if (std::strcmp(s, "fixed"))
-      throw std::runtime_error("TOKENCOMP_EMU_SCHED must be fixed, reverse or random");
-  }
-  if (const char* s = setting("TOKENCOMP_EMU_SEED")) o.seed = std::strtoull(s, nullptr, 10);
-  if (const char* s = setting("TOKENCOMP_EMU_THREADS")) o.os_threads = std::clamp(std::atoi(s), 1, 64);
-  if (const char* s = setting("TOKENCOMP_EMU_WATCHDOG")) o.watchdog_seconds = std::max(0.05, std::atof(s));
-  if (const char* s = setting("TOKENCOMP_EMU_ASYNC")) {
-    if (!std::strcmp(s, "eager"))
-      o.eager_copies = true;
-    else if (std::strcmp(s, "lazy"))
-      throw std::runtime_error("TOKENCOMP_EMU_ASYNC must be lazy or eager");
-  }
-  return o;
-}
-
-// Few multiprocessors, so that kernels that fill the device stay small.
-Device device() {
-  const char* s = setting("TOKENCOMP_EMU_DEVICE");
-  if (!s || !std::strcmp(s, "sm_90")) return {9, 4, 8, 227 << 10};
-  if (!std::strcmp(s, "sm_80")) return {8, 4, 1, 163 << 10};
-  throw std::runtime_error("TOKENCOMP_EMU_DEVICE must be sm_90 or sm_80");
-}
 
 void require_sm90(const char* op, Loc loc) {
   if (self->block->cluster->team->launch.device.major < 9) fail(std::string(op) + ": needs sm_90", loc);
@@ -368,7 +334,9 @@ void run(const LaunchShape& shape, const void* kernel, void (*body)(void*), void
                       device(),
                       unsigned(volume(shape.block)),
                       unsigned(volume(shape.grid))};
-  check_configuration(shape, launch.device, kernel);
+  check_configuration(shape, launch.device, kernel, launch.options.dry);
+  const record::LaunchScope recorded(launch);
+  if (launch.options.dry) return;
   const unsigned blocks = unsigned(volume(shape.grid)), team_blocks = shape.cooperative ? blocks : shape.cluster;
   std::vector<unsigned> order(blocks / team_blocks);
   for (unsigned i = 0; i < order.size(); i++) order[i] = i;

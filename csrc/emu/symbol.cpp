@@ -31,7 +31,7 @@ struct Place {
 std::vector<std::string> ask(const char* options, const Place& place) {
   std::vector<std::string> lines;
   char command[1024];
-  std::snprintf(command, sizeof command, "addr2line -C %s -e '%s' %#zx 2>/dev/null", options, place.library.c_str(),
+  std::snprintf(command, sizeof command, "addr2line %s -e '%s' %#zx 2>/dev/null", options, place.library.c_str(),
                 place.offset);
   FILE* pipe = popen(command, "r");
   if (!pipe) return lines;
@@ -59,7 +59,7 @@ std::string line_of(const void* return_address) {
   Place place(return_address);
   place.offset--;  // the call is before the address that it returns to
   std::string innermost;
-  for (const std::string& line : ask("-i", place)) {
+  for (const std::string& line : ask("-C -i", place)) {
     if (line.starts_with("?")) continue;
     if (!is_wrapper(line)) return line;
     if (innermost.empty()) innermost = line;
@@ -71,9 +71,14 @@ bool in_standard_library(const void* return_address) {
   return line_of(return_address).find(kLibrary) != std::string::npos;
 }
 
+std::string linkage_name(const void* entry) {
+  const auto lines = ask("-f", Place(entry));
+  return lines.empty() ? "?" : lines[0];
+}
+
 std::string kernel_at(const void* entry) {
   const Place place(entry);
-  const auto lines = ask("-f", place);
+  const auto lines = ask("-C -f", place);
   if (lines.size() < 2 || lines[0].starts_with("?")) return "kernel " + place.raw();
   std::string name = lines[0];
   for (size_t i; (i = name.find("(anonymous namespace)::")) != std::string::npos;) name.erase(i, 23);

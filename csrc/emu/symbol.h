@@ -12,6 +12,7 @@ std::string line_of(const void* return_address);  // the innermost line that is 
 // instrumented copy of such a function, the run time's own messages and lists are reported like accesses of a kernel.
 bool in_standard_library(const void* return_address);
 std::string kernel_at(const void* entry);
+std::string linkage_name(const void* entry);  // mangled
 
 }  // namespace emu
 

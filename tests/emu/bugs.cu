@@ -239,6 +239,21 @@ __global__ void spins(const float* x, float* out, bool inject) {
   out[t] = x[t];
 }
 
+// Rows 128 bytes apart: unless their chunks are swizzled, ldmatrix finds all eight of a matrix in one bank group.
+struct RowsSmem {
+  alignas(128) float rows[32][32];
+};
+
+__global__ void rows_in_one_bank(const float* x, float* out, bool inject) {
+  auto& s = gpu::dynamic_smem<RowsSmem>();
+  const int t = threadIdx.x, lane = t % 32;
+  for (int i = t; i < 32 * 32; i += kThreads) s.rows[i / 32][i % 32] = x[i % kThreads];
+  __syncthreads();
+  uint32_t r[4];
+  gpu::ldmatrix_x4(r, &s.rows[lane][inject ? 0 : (lane & 7) * 4]);
+  out[t] = __uint_as_float(r[t / 32]);
+}
+
 const std::map<std::string, Bug>& bugs() {
   static const std::map<std::string, Bug> all = {
       {"missing_barrier", run<missing_barrier>},
@@ -267,6 +282,7 @@ const std::map<std::string, Bug>& bugs() {
       {"integer_overflow", run<integer_overflow>},
       {"array_overrun", run<array_overrun>},
       {"spins", run<spins>},
+      {"rows_in_one_bank", run<rows_in_one_bank, 1, sizeof(RowsSmem)>},
   };
   return all;
 }

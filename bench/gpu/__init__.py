@@ -1,0 +1,1 @@
+"""What can be said of the CUDA kernels without a GPU."""
