@@ -351,7 +351,10 @@ def test_the_default_kernel_follows_its_rule() -> None:
         ({"attn_mask": torch.ones(32, 32)}, "kernel 'tokencomp' takes no attn_mask; use kernel='torch'"),
         ({"dropout_p": 0.1}, "kernel 'tokencomp' takes no dropout"),
         ({"q": torch.randn(1, 2, 32, 8, requires_grad=True)}, "kernel 'tokencomp' takes no gradients"),
-        ({"q": torch.randn(1, 2, 32, 8).double()}, "kernel 'tokencomp' takes no dtypes torch.float64"),
+        (
+            dict.fromkeys("qkv", torch.randn(1, 2, 32, 8).double()),
+            "kernel 'tokencomp' takes no dtypes torch.float64",
+        ),
         ({"v": torch.randn(1, 2, 32, 300)}, "kernel 'tokencomp' takes no head dimensions 8, 300"),
         ({"kernel": "flash"}, "kernel must be one of auto, tokencomp, torch, got 'flash'"),
     ],

@@ -236,7 +236,7 @@ S = torch.ones(1, 2, 3)
         (lambda: recipes.cls_attention(Q[:, :, :0], K), "cls_attention: N must be >= 1, got 0"),
         (lambda: recipes.window_score(Q, K[:, :, :2]), r"window_score: w must be in \[1, S=2\], got 3"),
         (lambda: recipes.specpc_score(Q[:, :, :0], K), r"specpc_score: w must be in \[1, S=3\], got 0"),
-        (lambda: recipes.pool_scores(S, 0), "pool_scores: kernel must be >= 1, got 0"),
+        (lambda: recipes.pool_scores(S, 0), r"pool_scores: kernel must be in \[1, 4096\], got 0"),
         (lambda: recipes.pool_scores(S, 1, kind="min"), "kind must be 'avg' or 'max', got 'min'"),  # type: ignore[arg-type]
         (lambda: recipes.select_per_head(S[0], 1), r"select_per_head: score must have shape \[B, H, S\]"),
     ],

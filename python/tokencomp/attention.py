@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokencomp import attention_kernels, ops
+from tokencomp._typed import typed
 from tokencomp.attention_kernels import Kernel, Rule, key_bias
 from tokencomp.ops.score import Heads
 
@@ -34,6 +35,7 @@ class Attention(NamedTuple):
     kernel: str = "torch"
 
 
+@typed
 def scaled_dot_product_attention(
     q: Tensor,
     k: Tensor,
@@ -129,7 +131,11 @@ def attend(
 ) -> Attention:
     """``scaled_dot_product_attention`` that always returns ``Attention``."""
     _check_shapes(q, k, v, enable_gqa, sinks, heads)
-    _check_masks(q, k, attn_mask, is_causal, key_mask, query_mask, window)
+    _check_devices(
+        q, k=k, v=v, attn_mask=attn_mask, key_mask=key_mask, query_mask=query_mask, sinks=sinks,
+        column_weights=column_weights,
+    )  # fmt: skip
+    _check_masks(q, k, attn_mask, is_causal, key_mask, query_mask, window, softcap)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     rule = Rule(factor, attn_mask, key_mask, is_causal, window, softcap, sinks, dropout_p)
     columns = return_columns or column_weights is not None
@@ -286,6 +292,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, gqa: bool, sinks: Tensor | No
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(f"{NAME}: {name} must have shape [B, H, N, D], got {list(t.shape)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{NAME}: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     query, kv = q.shape[1], k.shape[1]
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"{NAME}: k and v must agree in [B, Hkv, S], got {list(k.shape)}, {list(v.shape)}")
@@ -299,6 +307,12 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, gqa: bool, sinks: Tensor | No
         raise ValueError(f"{NAME}: heads must be one of {', '.join(HEADS)}, got {heads!r}")
 
 
+def _check_devices(q: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != q.device:
+            raise ValueError(f"{NAME}: {name} must be on the device of q, {q.device}, got {t.device}")
+
+
 def _check_masks(
     q: Tensor,
     k: Tensor,
@@ -307,13 +321,23 @@ def _check_masks(
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     window: int | None,
+    softcap: float | None,
 ) -> None:
     if attn_mask is not None and (causal or key_mask is not None):
         raise ValueError(f"{NAME}: attn_mask excludes is_causal and key_mask; put all into the mask")
+    if attn_mask is not None:
+        wanted = (*q.shape[:3], k.shape[2])
+        pairs = zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+        if attn_mask.dim() > 4 or any(have not in (1, want) for have, want in pairs):
+            raise ValueError(
+                f"{NAME}: attn_mask must broadcast to {list(wanted)}, got {list(attn_mask.shape)}"
+            )
     if window is not None and not causal:
         raise ValueError(f"{NAME}: window needs is_causal=True")
     if window is not None and window < 1:
         raise ValueError(f"{NAME}: window must be >= 1, got {window}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{NAME}: softcap must be finite and > 0, got {softcap}")
     for name, mask, size in (("key_mask", key_mask, k.shape[2]), ("query_mask", query_mask, q.shape[2])):
         if mask is None:
             continue

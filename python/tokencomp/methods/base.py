@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from tokencomp._typed import check_fields, says
 
 C = TypeVar("C", bound=type)
 
@@ -47,9 +50,41 @@ def register(name: str, *, paper: str, stage: str) -> Callable[[C], C]:
         knobs = tuple(Knob(f.name, f.default, f.metadata["help"]) for f in dataclasses.fields(cls))
         summary = (cls.__doc__ or "").strip().splitlines()[0]
         _registry[name] = Method(name, cls, paper, stage, summary, knobs)
+        _check_knobs(cls)
         return cls
 
     return add
+
+
+def _check_knobs(cls: Any) -> None:
+    """Let a knob of a wrong type, and a seed that no generator takes, be refused by name when a method is
+    made and not in the middle of a forward.
+    """
+    init = cls.__init__
+
+    @wraps(init)
+    def checked(self: Any, *arguments: Any, **knobs: Any) -> None:
+        if torch.compiler.is_compiling():  # annotations cannot be looked at in a traced function
+            init(self, *arguments, **knobs)
+            return
+        try:
+            init(self, *arguments, **knobs)
+        except Exception as error:
+            if not says(error, cls):
+                check_fields(self, cls)  # the fields are set before their values are checked
+            raise
+        check_fields(self, cls)
+        seed = getattr(self, "seed", 0)
+        if not -(2**31) <= seed < 2**31:
+            raise ValueError(f"{cls.__name__}: seed must be in [-2^31, 2^31), got {seed}")
+
+    cls.__init__ = checked
+
+
+def check_iterations(method: str, iterations: int) -> None:
+    """Raise ValueError unless a forward can take so many steps."""
+    if not 0 <= iterations <= 10_000:
+        raise ValueError(f"{method}: iterations must be in [0, 10000], got {iterations!r}")
 
 
 def get(name: str) -> Method:

@@ -23,7 +23,9 @@ def checked(*tensors: Tensor | None) -> bool:
 
 
 def _readable(t: Tensor) -> bool:
-    if isinstance(t, FakeTensor):
+    if (
+        isinstance(t, FakeTensor) or t.is_complex()
+    ):  # complex numbers have no order; every operator refuses them
         return False
     return t.is_cpu or (t.is_cuda and asked())
 

@@ -43,6 +43,12 @@ def op_names() -> list[str]:
     return sorted(_fakes)
 
 
+def back_ends(name: str) -> list[str]:
+    """Those of ``cpu`` and ``cuda`` that a kernel of operator ``name`` is loaded for."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return [key.lower() for key in ("CPU", "CUDA") if has(f"{_active}::{name}", key)]
+
+
 def fake(name: str) -> Callable[[F], F]:
     """Decorator: the shape function of operator ``name``, for every namespace that is or will be loaded."""
 

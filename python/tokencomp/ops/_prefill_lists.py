@@ -36,7 +36,7 @@ def check(
     listed = torch.zeros(len(indptr) - 1, blocks, dtype=torch.bool, device=q.device)
     listed[members] = True
     heads = [(len(pointers) - 1) // rows for pointers in (indptr, column_ptr)]
-    listed = listed.view(q.shape[0], heads[0], -1, blocks)
+    listed = listed.view(q.shape[0], heads[0], rows // q.shape[0], blocks)
     if heads[0] > heads[1]:
         listed = listed.unflatten(1, (heads[1], -1)).any(2)
     listed = listed.repeat_interleave(heads[1] // listed.shape[1], dim=1).flatten(0, 2)

@@ -10,7 +10,9 @@ from tokencomp.ops import _check
 
 def scale(q: Tensor, scale: float | None) -> float:
     """The factor of the products: ``scale``, or ``D ** -0.5``."""
-    return float(q.shape[-1]) ** -0.5 if scale is None and q.shape[-1] else 1.0 if scale is None else scale
+    if scale is not None:
+        return scale
+    return float(q.shape[-1]) ** -0.5 if q.dim() and q.shape[-1] else 1.0
 
 
 def float32(t: Tensor | None) -> Any:

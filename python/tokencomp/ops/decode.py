@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.ops import _check, _namespace
+from tokencomp._typed import typed
+from tokencomp.ops import _check, _namespace, _score_sides
 from tokencomp.ops.page_pools import PagePools, arguments_of, check_entries
 
 
+@typed
 def paged_decode(
     q: Tensor,
     k_pages: Tensor,
@@ -97,7 +99,7 @@ def paged_decode(
         v_pages,
         block_table,
         lengths,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=_score_sides.scale(q, scale),
         window=window,
         softcap=softcap,
         causal=causal,
@@ -108,6 +110,7 @@ def paged_decode(
     return out
 
 
+@typed
 def merge_states(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint sets of keys from the attention over each.
 

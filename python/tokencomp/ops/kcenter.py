@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace
 
 Objective = Literal["max_min", "max_sum"]
@@ -14,6 +15,7 @@ First = Literal["largest_nn", "index0", "centroid"]
 _OP = "kcenter_greedy"
 
 
+@typed
 def kcenter_greedy(
     x: Tensor,
     k: int,

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace
 
 Order = Literal["stable", "holefill"]
 
 
+@typed
 def kv_append_(
     k_pages: Tensor,
     v_pages: Tensor,
@@ -59,6 +61,7 @@ def kv_append_(
     )
 
 
+@typed
 def kv_compact_(
     k_pages: Tensor,
     v_pages: Tensor,
@@ -103,6 +106,7 @@ def kv_compact_(
     )
 
 
+@typed
 def kv_gather(
     k_pages: Tensor,
     v_pages: Tensor,

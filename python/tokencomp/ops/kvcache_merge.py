@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace
 from tokencomp.ops.kvcache import as_table, check_pages
 
@@ -17,6 +18,7 @@ Values = Literal["mean", "sum"]
 Keys = Literal["keep", "mean", "direction"]
 
 
+@typed
 def rope_shift_(
     k_pages: Tensor,
     block_table: Tensor,
@@ -57,6 +59,7 @@ def rope_shift_(
     )
 
 
+@typed
 def evict_assign(
     k_pages: Tensor,
     v_pages: Tensor,
@@ -105,6 +108,7 @@ def evict_assign(
     return target, value
 
 
+@typed
 def evict_merge_(
     k_pages: Tensor,
     v_pages: Tensor,

@@ -3,11 +3,13 @@
 Pages of quantized keys and values are in ``tokencomp.ops.kvquant_pages``.
 """
 
+from math import prod
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace
 
 Axis = Literal["token", "channel"]
@@ -25,6 +27,7 @@ class ChannelStats(NamedTuple):
     mean: Tensor
 
 
+@typed
 def kv_quantize(
     x: Tensor,
     bits: int,
@@ -86,6 +89,7 @@ def kv_quantize(
     return codes, params
 
 
+@typed
 def kv_dequantize(
     codes: Tensor,
     params: Tensor,
@@ -126,6 +130,7 @@ def kv_dequantize(
     return x
 
 
+@typed
 def kv_repack(codes: Tensor, bits: int, source: Layout, target: Layout) -> Tensor:
     """The same codes in another layout.
 
@@ -144,6 +149,7 @@ def kv_repack(codes: Tensor, bits: int, source: Layout, target: Layout) -> Tenso
     return out
 
 
+@typed
 def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False) -> Tensor:
     """The orthonormal Walsh-Hadamard transform of the last dimension: ``H (signs * x) / sqrt(D)``.
 
@@ -161,11 +167,12 @@ def hadamard(x: Tensor, signs: Tensor | None = None, *, inverse: bool = False) -
     Raises:
         RuntimeError: a shape, dtype or device that is not as above.
     """
-    sheet = x if x.dim() == 4 else x.reshape(1, 1, -1, x.shape[-1] if x.dim() else 1)
+    sheet = x if x.dim() == 4 else x.reshape(1, 1, prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1)
     out: Tensor = _namespace.op("hadamard")(sheet, _check.as_float32(signs), inverse=inverse)
     return out if x.dim() == 4 else out.view(x.shape)
 
 
+@typed
 def channel_stats(x: Tensor, *, lengths: Tensor | None = None, starts: Tensor | None = None) -> ChannelStats:
     """Largest magnitude, minimum, maximum and mean of each channel over the tokens of a sequence.
 

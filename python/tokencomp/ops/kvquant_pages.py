@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace
 from tokencomp.ops.kvquant import Axis, kv_repack
 
@@ -85,7 +86,7 @@ class PageFormat:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page."""
+        """Bytes of a page. Raises ValueError for an unknown tier or a group below 1."""
         return self.sections[3] + _aligned(self._param_bytes(self.axis_v, self.group_v))
 
     @property
@@ -99,11 +100,15 @@ class PageFormat:
         return {name: getattr(self, name) for name in names}
 
     def _code_bytes(self, tier: str) -> int:
+        if tier not in TIER_BITS:
+            raise ValueError(f"PageFormat: a tier must be one of {', '.join(TIER_BITS)}, got {tier!r}")
         return self.tokens * self.head_dim * TIER_BITS[tier] // 8
 
     def _param_bytes(self, axis: str, group: int) -> int:
         if group == -1:
             group = self.head_dim if axis == "token" else self.tokens
+        if group < 1:
+            raise ValueError(f"PageFormat: a group must be -1 or >= 1, got {group}")
         return 4 * self.tokens * self.head_dim // group
 
 
@@ -111,6 +116,7 @@ def _aligned(size: int) -> int:
     return (size + 15) // 16 * 16
 
 
+@typed
 def kv_page_write_(
     pool: Tensor,
     k: Tensor,
@@ -169,6 +175,7 @@ def kv_page_write_(
     )
 
 
+@typed
 def kv_retier_(
     pool: Tensor,
     k_pages: Tensor,
@@ -227,6 +234,7 @@ def kv_retier_(
     )
 
 
+@typed
 def kv_page_read(
     pool: Tensor,
     pages: Tensor,
@@ -302,7 +310,7 @@ def _check_source(
     _check.check_range(op, "slots", slots, -1, table.shape[2] * size, "places * P")
     _check.check_range(op, "pages", pages, 0, pool.shape[0], "number of pages")
     _check_distinct(op, pages)
-    if slots.dim() != 2 or slots.shape[0] != sequence.shape[0] or slots.numel() == 0:
+    if slots.dim() != 2 or slots.shape[:1] != sequence.shape or slots.numel() * table.shape[2] == 0:
         return
     entry = table.flatten(0, 1)[sequence.long()].gather(1, (slots.clamp(min=0) // size).long())
     entry = entry[slots >= 0]

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace, _score_sides
 
 NAME = "decay_linear_attention"
 
 
+@typed
 def decay_linear_attention(
     q: Tensor,
     k: Tensor,

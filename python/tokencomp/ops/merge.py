@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace
 
 Energy = Literal["elu", "paper", "gauss"]
@@ -18,6 +19,7 @@ Mode = Literal["mean", "sum", "amax", "drop", "mlerp"]
 INF = float("inf")
 
 
+@typed
 def cosine_match(
     a: Tensor,
     b: Tensor,
@@ -108,6 +110,7 @@ def cosine_match(
     return value, index
 
 
+@typed
 def energy_score(
     x: Tensor,
     margin: float,
@@ -148,6 +151,7 @@ def energy_score(
     return energy
 
 
+@typed
 def bipartite_map(
     value: Tensor,
     index: Tensor,
@@ -214,7 +218,7 @@ def bipartite_map(
     if tokens >= 0 and _check.checked(index, *lists):
         _check_lists(index, tokens, *lists)
     token_map: Tensor = _namespace.op(_MAP)(
-        value,
+        value.contiguous(),
         _check.as_int32(index),
         r,
         tokens,
@@ -228,6 +232,7 @@ def bipartite_map(
     return token_map
 
 
+@typed
 def merge_tokens(
     x: Tensor,
     token_map: Tensor,
@@ -285,6 +290,7 @@ def merge_tokens(
     return y, merged_size
 
 
+@typed
 def bipartite_merge(
     x: Tensor,
     metric: Tensor,

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace, _page_checks, _prefill_lists, _score_sides
 from tokencomp.ops.page_pools import PagePools, arguments_of
 
 NAME = "flash_prefill"
 
 
+@typed
 def flash_prefill(
     q: Tensor,
     k: Tensor,

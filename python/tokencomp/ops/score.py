@@ -5,12 +5,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _namespace, _score_sides
 
 Rows = Literal["sum", "max"]
 Heads = Literal["none", "kv_sum", "kv_mean", "kv_max", "mean", "rms"]
 
 
+@typed
 def column_score(
     q: Tensor,
     k: Tensor,
@@ -95,6 +97,7 @@ def column_score(
     return out
 
 
+@typed
 def diagonal_score(
     q: Tensor,
     k: Tensor,
@@ -140,6 +143,7 @@ def diagonal_score(
     return out
 
 
+@typed
 def attention_lse(
     q: Tensor,
     k: Tensor,

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace, _page_checks, _score_sides
 from tokencomp.ops.page_pools import PagePools, arguments_of
 from tokencomp.ops.score import Heads
@@ -12,6 +13,7 @@ from tokencomp.ops.score import Heads
 Vote = Literal["softmax_sum", "sum", "max", "mean"]
 
 
+@typed
 def qk_scores(
     q: Tensor,
     k: Tensor,
@@ -82,6 +84,7 @@ def qk_scores(
     return scores, lse
 
 
+@typed
 def head_vote(
     scores: Tensor, lse: Tensor | None = None, *, mode: Vote = "softmax_sum", groups: int = 1
 ) -> Tensor:
@@ -107,6 +110,7 @@ def head_vote(
     return out
 
 
+@typed
 def decay_score_(
     score: Tensor,
     logits: Tensor,

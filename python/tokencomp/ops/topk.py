@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from tokencomp._typed import typed
 from tokencomp.ops import _check, _namespace
 
 _TOPK, _TOPP, _BUDGET = "topk_select", "topp_select", "topk_budget"
 
 
+@typed
 def topk_select(
     score: Tensor,
     k: int,
@@ -63,6 +65,7 @@ def topk_select(
     return index, count
 
 
+@typed
 def topp_select(
     score: Tensor,
     p: float,
@@ -112,6 +115,7 @@ def topp_select(
     return index, count
 
 
+@typed
 def topk_budget(score: Tensor, k: int, *, floor: int = 0, lengths: Tensor | None = None) -> Tensor:
     """Share a budget of ``k`` tokens among the heads of each item by one selection across all of them.
 

@@ -34,6 +34,11 @@ def select_per_head(
     return index.view(batch, heads, k), count.view(batch, heads)
 
 
+def check_kernel(op: str, kernel: int) -> None:
+    """Raise ValueError unless ``kernel`` is a width ``pool_scores`` takes: rows are padded by as much."""
+    require(1 <= kernel <= 4096, op, "kernel", "in [1, 4096]", kernel)
+
+
 def pool_scores(
     score: Tensor,
     kernel: int,
@@ -50,7 +55,7 @@ def pool_scores(
 
     Args:
         score: ``[B, H, S]`` float, pooled in float32.
-        kernel: >= 1; 1 changes nothing.
+        kernel: in [1, 4096]; 1 changes nothing.
         lengths: ``[B]``: only the first ``lengths[b]`` keys of an item exist.
 
     Returns:
@@ -61,7 +66,7 @@ def pool_scores(
     """
     op = "pool_scores"
     require_dims(op, "score", score, "[B, H, S]")
-    require(kernel >= 1, op, "kernel", ">= 1", kernel)
+    check_kernel(op, kernel)
     require(kind in ("avg", "max"), op, "kind", "'avg' or 'max'", repr(kind))
     require(align in ("center", "forward"), op, "align", "'center' or 'forward'", repr(align))
     outside = 0.0 if kind == "avg" else -torch.inf
