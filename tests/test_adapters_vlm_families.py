@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_adapters_vlm import Given, compressed
 from tiny_models import state
-from tiny_vlms import FAMILIES, IMAGE, make
+from tiny_vlms import FAMILIES, IMAGE, VIDEO, VIDEO_FAMILIES, encode, make, visual_mask
 from tokencomp import methods
 from tokencomp.adapters.vlm_families import way_of
 from torch import Tensor
@@ -20,7 +20,7 @@ def positions(model: Any, made: dict[str, Any], tokens: int) -> Tensor:
     rest = torch.arange(tokens - ids.shape[1])
     if not hasattr(model.model, "get_rope_index"):
         return torch.arange(tokens).expand(len(ids), -1)
-    given = {"input_ids": ids, "image_grid_thw": made["image_grid_thw"]}
+    given = {"input_ids": ids} | {name: x for name, x in made.items() if name.endswith("_grid_thw")}
     position, _ = model.model.get_rope_index(**given, mm_token_type_ids=made["mm_token_type_ids"])
     return torch.cat([position, position[:, :, -1:] + 1 + rest], 2)
 
@@ -52,22 +52,20 @@ class Some:
         return methods.VisualKeep(index.repeat(view.x.shape[0], 1))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *VIDEO_FAMILIES])
 @torch.no_grad()
 def test_equals_masked_columns(family: str) -> None:
     model, made = make(family)
     model.generate(**made, max_new_tokens=1)
     before = state(model)
     with compressed(model, Some(), newlines="all") as stack:
-        features = model.model.get_image_features(
-            **{k: v for k, v in made.items() if k in ("pixel_values", "image_sizes", "image_grid_thw")}
-        )
-        passed = stack.passes.pop()
+        features = encode(model, made)
+        _, passed = stack.passes.waiting.pop()
         out = model.generate(
             **made,
             max_new_tokens=STEPS,
             do_sample=False,
-            suppress_tokens=[IMAGE],
+            suppress_tokens=[IMAGE, VIDEO],
             output_logits=True,
             return_dict_in_generate=True,
         )
@@ -78,8 +76,8 @@ def test_equals_masked_columns(family: str) -> None:
     for image, n in zip(images, tokens, strict=True):
         token = image.source % n
         rows.append((image.source < 0) | ((token % 3 == 1) & (image.source >= 0)))
-    assert [len(image.features) for image in images] == [len(f) for f in features.pooler_output]
-    mask = made["input_ids"] == IMAGE
+    assert [len(image.features) for image in images] == [len(f) for f in features]
+    mask = visual_mask(made["input_ids"])
     stays = (~mask).masked_scatter(mask, torch.cat(rows))
     said = out.sequences[:, made["input_ids"].shape[1] :]
     expected = oracle(model, made, stays, said[:, :-1])
@@ -89,7 +87,7 @@ def test_equals_masked_columns(family: str) -> None:
     assert stack.report.tokens == int(mask.sum())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *VIDEO_FAMILIES])
 @torch.no_grad()
 def test_steps_by_hand_and_all_kept(family: str) -> None:
     """Positions that nobody gives go on behind all tokens, also those that were dropped."""
@@ -118,7 +116,7 @@ def test_steps_by_hand_and_all_kept(family: str) -> None:
     assert found.shape[1] == 1
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", [*FAMILIES, *VIDEO_FAMILIES])
 @torch.no_grad()
 def test_what_methods_see(family: str) -> None:
     """A token's score is the mean of its patches' in eager attention, found by undoing the model's order."""
@@ -129,7 +127,8 @@ def test_what_methods_see(family: str) -> None:
     for view in some.seen:
         column = view.encoder.columns(1)
         assert column.shape == view.x.shape[:2]
-        share = 1.0 if view.encoder.groups is None else 1 / view.encoder.groups.shape[1]
+        patches = view.encoder.patches()
+        share = view.x.shape[1] / patches
         if not view.encoder.has_cls:
             torch.testing.assert_close(column.sum(1), torch.full((len(column),), share), atol=1e-4, rtol=0)
         else:
@@ -153,6 +152,65 @@ def test_qwen_scores_are_in_the_order_of_tokens() -> None:
             model(**made | {"pixel_values": changed})
         before, after = plain[0], some.seen[0].encoder.keys(1)
         assert int((before - after).norm(dim=3).sum(1)[0].argmax()) == 5
+
+
+@torch.no_grad()
+def test_frames_of_a_video_are_crops_of_one_image() -> None:
+    """The third frame of the first video alone changes its own view, and a budget of frames is theirs."""
+    for family, frames in (("onevision_video", 3), ("qwen2_vl_video", 3), ("qwen3_vl_video", 3)):
+        model, made = make(family, torch.float32)
+        some = Some(looks=(0,))
+        with compressed(model, some):
+            model(**made)
+            plain = [(view.x.clone(), view.encoder.columns(0)) for view in some.seen]
+            assert [n for view in some.seen for n in view.counts] == [frames, frames]
+            some.seen.clear()
+            changed = made["pixel_values_videos"].clone()
+            (changed[0, 2] if family == "onevision_video" else changed[48:72]).add_(3)
+            model(**made | {"pixel_values_videos": changed})
+        x, column = some.seen[0].x, some.seen[0].encoder.columns(0)
+        moved = [f for f in range(len(x)) if not torch.allclose(x[f], plain[0][0][f], atol=1e-6)]
+        assert moved == [2]
+        assert [f for f in range(len(x)) if not torch.allclose(column[f], plain[0][1][f], atol=1e-7)] == [2]
+
+        def third(view: Any) -> Tensor:
+            return torch.tensor([0.0, 0.0, 1.0] * len(view.counts))
+
+        with compressed(model, methods.QuoTA(third, keep=1 / 3)) as stack:
+            model(**made)
+        kept = [(row >= 0).sum().item() for index in stack.report.index for row in index]
+        assert kept[0:2] == [0, 0]
+        assert kept[2] >= 4
+
+
+@torch.no_grad()
+def test_images_and_videos_in_one_prompt() -> None:
+    """A video in front of an image: each unit's tokens are found in their own places."""
+    model, made = make("qwen2_vl", torch.float32)
+    _, video = make("qwen2_vl_video", torch.float32)
+    image_ids, video_ids = made["input_ids"][:1], video["input_ids"][:1]
+    ids = torch.cat([video_ids, image_ids], 1)
+    kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    given = {
+        "input_ids": ids, "mm_token_type_ids": kinds, "image_grid_thw": made["image_grid_thw"][:1],
+        "pixel_values": made["pixel_values"][:64], "video_grid_thw": video["video_grid_thw"][:1],
+        "pixel_values_videos": video["pixel_values_videos"][:72],
+    }  # fmt: skip
+    some = Some()
+    with compressed(model, some) as stack:
+        found = model(**given, use_cache=True).logits[:, -1]
+        said = model.generate(**given, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    assert stack.report.images == 2
+    assert [view.x.shape[:2] for view in some.seen[:2]] == [(3, 6), (1, 16)]
+    keeps = torch.cat([torch.arange(18) % 6 % 3 == 1, torch.arange(16) % 3 == 1])
+    stays = (~visual_mask(ids)).masked_scatter(visual_mask(ids), keeps)
+    position, _ = model.model.get_rope_index(
+        ids, mm_token_type_ids=kinds, image_grid_thw=given["image_grid_thw"],
+        video_grid_thw=given["video_grid_thw"],
+    )  # fmt: skip
+    expected = model(**given, attention_mask=stays.long(), position_ids=position).logits[:, -1]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(said.logits[0], expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -191,7 +249,7 @@ def test_tiles_and_newlines() -> None:
 FEATURES = {"VisPruner", "Scope", "ZOOPrune"}  # they read the features of the encoder by token
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *VIDEO_FAMILIES])
 @torch.no_grad()
 def test_methods_on_every_make(family: str) -> None:
     model, made = make(family, torch.float32)

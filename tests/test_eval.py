@@ -53,7 +53,7 @@ def is_cached(name: str) -> bool:
 @pytest.mark.usefixtures("registry")
 def test_registered_compressors_are_found_by_name() -> None:
     assert [name for name in evaluation.known("keys") if not is_cached(name)] == ["random", "stride", "ends"]
-    assert evaluation.known("visual")[:4] == ["random", "stride", "atp", "cdpruner"]
+    assert evaluation.known("visual")[:4] == ["random", "stride", "aim", "aim_merge"]
     assert {"todre", "divprune", "zoo_prune", "downsampling"} < set(evaluation.known("visual"))
     evaluation.register("keys", Custom())
     named = [name for name in evaluation.known("keys") if not is_cached(name)]
@@ -65,7 +65,7 @@ def test_registered_compressors_are_found_by_name() -> None:
         evaluation.register("keys", Custom("none"))
     with pytest.raises(ValueError, match=r"kind must be one of \['keys', 'patches', 'visual'\], got 'x'"):
         evaluation.register("x", Custom())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"one of \['none', 'random', 'stride', 'atp', .*, got 'custom'"):
+    with pytest.raises(ValueError, match=r"one of \['none', 'random', 'stride', 'aim', .*, got 'custom'"):
         compressors.get("visual", "custom")
 
 
@@ -267,6 +267,26 @@ def test_plots_are_drawn(text_table: Table, tmp_path: Path) -> None:
         assert min(drawn.shape[:2]) > 300
         assert len(np.unique(drawn.reshape(-1, drawn.shape[2]), axis=0)) > 50
     assert [path.name for path in text_table.save(tmp_path)] == names[:2]
+
+
+def test_many_methods_have_a_panel_each(text_table: Table) -> None:
+    """So that lines can be told apart; kept tokens go on below, and groups have a line a method."""
+    pytest.importorskip("matplotlib", reason="plots need the extra eval")
+    some = text_table.row("random", 0.5)
+    names = ["random", "stride", *(f"method {i}" for i in range(plots.MANY))]
+    rows = [text_table.row("none"), *(dataclasses.replace(some, method=name) for name in names)]
+    rows.append(dataclasses.replace(some, method="own", budget=1.0, adaptive=True))
+    rows = [dataclasses.replace(row, groups={"is": 1.0, "cell": 0.5}) for row in rows]
+    image = torch.rand(3, 32, 32)
+    table = dataclasses.replace(text_table, rows=tuple(rows), grid=(4, 4), picture=image)
+
+    titles = [axes.get_title() for axes in plots.quality(table).axes if axes.get_visible()]
+    assert titles == [*names[2:], "own"]
+    shown = [axes.get_title() for axes in plots.overlay(table).axes if axes.get_title()]
+    assert shown == ["all tokens", *names[: plots.MANY], "all tokens", *names[plots.MANY :]]
+    panel, _ = plots.heat_map(table).axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["none", *names]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["is", "cell"]
 
 
 def test_overlay_dims_what_is_dropped() -> None:

@@ -40,7 +40,7 @@ def test_there_are_tasks_for_every_model(loaded: dict[str, Any]) -> None:
         assert set(TASKS[name]) <= set(known)
         assert any(task.usual for task in known.values())
         assert all(key == task.name for key, task in known.items())
-    assert list(loaded["digits-vlm"][1]) == list(digits.KINDS)
+    assert list(loaded["digits-vlm"][1]) == [*digits.KINDS, "all"]
 
 
 def test_recall_is_scored_as_for_the_card(loaded: dict[str, Any]) -> None:
@@ -70,6 +70,18 @@ def test_questions_are_scored_as_for_the_card(loaded: dict[str, Any], kind: str)
     batch = digits.vlm_batch(kind, tasks.DRAWN, torch.Generator().manual_seed(task.seed))
     found = [task.run(model, sample) for sample in task.samples(12, task.seed)]
     assert torch.equal(torch.cat(found), digits.vlm_matches(model, batch).double()[:12])
+
+
+def test_all_questions_take_turns(loaded: dict[str, Any]) -> None:
+    known = loaded["digits-vlm"][1]
+    mixed = known["all"].samples(10, 3)
+    for i, sample in enumerate(mixed):
+        alone = known[digits.KINDS[i % 4]].samples(3, 3)[i // 4]
+        assert torch.equal(sample.prompt["input_ids"], alone.prompt["input_ids"])
+        assert torch.equal(sample.prompt["pixel_values"], alone.prompt["pixel_values"])
+        assert (sample.group, alone.group) == (digits.KINDS[i % 4], None)
+    assert known["all"].card_score == zoo.card("digits-vlm")["scores"][0]["score"]
+    assert not known["all"].usual
 
 
 def test_canvases_are_scored_as_for_the_card(loaded: dict[str, Any]) -> None:

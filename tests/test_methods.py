@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from backends import Backend
+from decoder_views import DECODER_METHODS
 from kv_methods import KV_METHODS
 from merging import BLOCK_CASES, LAYER_CASES
 from method_cases import LAYER_METHOD_CASES, TENSOR_METHOD_CASES
@@ -15,7 +16,7 @@ from sparse_methods import DRAFT_METHODS, SPARSE_METHODS
 from sparse_prompts import PROMPT_METHODS
 from tokencomp import methods
 from tokencomp.methods import DivPrune, ToDRE, base
-from visual_views import VISUAL_METHODS
+from visual_views import ENCODER_METHODS, VISUAL_METHODS
 
 
 def e1(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -70,7 +71,7 @@ def test_every_method_has_a_case() -> None:
     caches = (KV_METHODS, QUANT_METHODS, SPARSE_METHODS, PROMPT_METHODS)
     others |= {type(method) for cases in caches for method in cases.values()}
     others |= {type(method) for method in DRAFT_METHODS}
-    others |= {type(method) for method in VISUAL_METHODS}
+    others |= {type(method) for method in [*VISUAL_METHODS, *ENCODER_METHODS, *DECODER_METHODS]}
     everything = {entry.cls for entry in methods.all_methods()}
     assert layers | others == everything
     assert layers == {cls for cls in everything if hasattr(cls, "reduce")}

@@ -99,14 +99,14 @@ def test_bytes_pay_for_what_comes_between_evictions() -> None:
         (lambda: A2SF(99, gamma=0.0), r"A2SF: gamma must be in \(0, 1\], got 0.0"),
         (lambda: A2SF(99, truncate=-1), "A2SF: truncate must be >= 0, got -1"),
         (lambda: SnapKV(99, window=0), "SnapKV: window must be >= 1, got 0"),
-        (lambda: SnapKV(99, kernel=0), "SnapKV: kernel must be >= 1, got 0"),
+        (lambda: SnapKV(99, kernel=0), r"SnapKV: kernel must be in \[1, 4096\], got 0"),
         (lambda: SnapKV(99, pool="sum"), "SnapKV: pool must be 'avg' or 'max', got 'sum'"),  # type: ignore[arg-type]
         (lambda: PyramidKV(beta=0), "PyramidKV: beta must be >= 1, got 0"),
         (lambda: AdaKV(alpha=2), r"AdaKV: alpha must be in \[0, 1\], got 2"),
         (lambda: AdaKV(form="x"), "AdaKV: form must be 'exact' or 'code', got 'x'"),  # type: ignore[arg-type]
         (lambda: RKV(99, trade_off=2), r"RKV: trade_off must be in \[0, 1\], got 2"),
         (lambda: RKV(99, threshold=1), r"RKV: threshold must be in \[0, 1\), got 1"),
-        (lambda: RKV(99, kernel=0), "RKV: kernel must be >= 1, got 0"),
+        (lambda: RKV(99, kernel=0), r"RKV: kernel must be in \[1, 4096\], got 0"),
         (lambda: LazyEviction(99, every=0), "LazyEviction: every must be >= 1, got 0"),
         (lambda: LazyEviction(99, alpha=0), "LazyEviction: alpha must be > 0, got 0"),
         (lambda: LazyEviction(99, form="x"), "LazyEviction: form must be 'code' or 'paper'"),  # type: ignore[arg-type]

@@ -330,7 +330,7 @@ def test_mtr_drops_padding_first() -> None:
         (lambda: MTR().plan(torch.rand(1, 4, 2), torch.rand(1, 4), protect=[-1]), "MTR: protect must be in"),
         (lambda: LexRank(kernel="rbf"), "LexRank: kernel must be one of"),
         (lambda: LexRank(damping=2), r"LexRank: damping must be in \[0, 1\], got 2"),
-        (lambda: LexRank(iterations=-1), "LexRank: iterations must not be negative, got -1"),
+        (lambda: LexRank(iterations=-1), r"LexRank: iterations must be in \[0, 10000\], got -1"),
         (lambda: PruMerge(neighbours=-1), r"PruMerge: neighbours must be in \[0, 32\], got -1"),
         (lambda: ToPViM(keep=0.0), "ToPViM: keep must be a ratio"),
     ],

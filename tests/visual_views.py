@@ -86,6 +86,7 @@ def six(**options: Any) -> VisualView:
     return VisualView(SIX, encoder, **options)
 
 
+ENCODER_METHODS: list[Any] = [methods.FlowCut(keep=9)]  # they see layers, not views; test_adapters_vlm_cut.py
 VISUAL_METHODS: list[Any] = [
     methods.FasterVLM(keep=9), methods.VTCCLS(keep=9), methods.FoPru(keep=9),
     methods.HiPrune(keep=9, middle=2),
@@ -94,5 +95,6 @@ VISUAL_METHODS: list[Any] = [
     methods.ZOOPrune(keep=9), methods.TCC(0.4, 0.2, 1, 2), methods.ATP(methods.FasterVLM(), keep=9),
     methods.QuoTA(lambda view: torch.arange(1.0, 1 + len(view.x))), methods.PruMerge(),
     methods.ToDRE(keep=9), methods.DivPrune(keep=9), methods.LexRank(keep=9), methods.RandomVisual(keep=9),
-    methods.StrideVisual(keep=9), methods.StrideVisual(keep=9, average=True),
+    methods.StrideVisual(keep=9), methods.StrideVisual(keep=9, average=True), methods.AIMMerge(keep=9),
+    methods.MustDrop(),
 ]  # fmt: skip

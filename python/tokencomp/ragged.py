@@ -1,7 +1,7 @@
 """Kept tokens as positions: left-packing of ragged rows, and maps from tokens to the rows they went into.
 
-Indices are int32, -1 is a hole. Nothing here waits for the device: a width that depends on data is the
-caller's to give.
+Indices are int32, -1 is a hole. Nothing but ``right_packed`` waits for the device: a width that depends on
+data is the caller's to give.
 """
 
 import torch
@@ -36,6 +36,15 @@ def compact_rows(keep: Tensor, width: int | None = None) -> tuple[Tensor, Tensor
     index = index.scatter(1, place, token)[:, :width].contiguous()
     lengths = keep.sum(1).clamp(max=width).to(torch.int32)
     return index, index >= 0, lengths
+
+
+def right_packed(keep: Tensor) -> Tensor:
+    """``[B, W]`` int64: the kept tokens of every row of ``keep`` ``[B, N]`` bool, ascending, behind -1 in
+    rows with fewer than W, the most that a row has. Waits for the device.
+    """
+    column = torch.arange(keep.shape[1], device=keep.device)
+    ordered = torch.where(keep, column, -1).sort(1).values
+    return ordered[:, keep.shape[1] - int(keep.sum(1).max()) :]
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:

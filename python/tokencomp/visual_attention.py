@@ -1,5 +1,6 @@
 """What patches received in a vision encoder, from the queries and keys of its layers; no matrix is formed."""
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ class SeenEncoder:
     """``methods.visual.Encoder`` of one pass: tensors of the layers a method looks at, nothing else.
 
     ``groups`` ``[N, g]`` names the patches of each token where it stands for several: scores and keys are
-    their means.
+    their means. ``pool``, ``[M, patches, C] -> [M, N, C]``, is the model's own way to make fewer of them
+    behind the projector; scores, keys and features go that way too. ``left`` ``[M, K]`` names the tokens that
+    a method left in the encoder.
     """
 
     def __init__(
@@ -21,6 +24,8 @@ class SeenEncoder:
     ) -> None:
         self.layers, self.prefix = layers, prefix
         self.groups: Tensor | None = None
+        self.pool: Callable[[Tensor], Tensor] | None = None
+        self.left: Tensor | None = None
         self._projector, self._seen, self._features = projector, seen, features
         self._missing = ""
 
@@ -53,6 +58,10 @@ class SeenEncoder:
     def keys(self, layer: int) -> Tensor:
         """See ``Encoder``."""
         key = self._of(layer)[1][:, :, self.prefix :]
+        if self.pool is not None:
+            heads, width = key.shape[1], key.shape[3]
+            pooled = self.pool(key.transpose(1, 2).flatten(2))
+            return pooled.view(*pooled.shape[:2], heads, width).transpose(1, 2)
         return key if self.groups is None else key[:, :, self.groups].mean(3)
 
     def cls_query(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +77,7 @@ class SeenEncoder:
             raise ValueError(
                 f"compress: features of the encoder are not to be had: {self._missing or 'none seen'}"
             )
-        return self._features
+        return self._features if self.pool is None else self.pool(self._features)
 
     def project(self, features: Tensor) -> Tensor:
         """See ``Encoder``; in the dtype of the projector."""
@@ -77,12 +86,20 @@ class SeenEncoder:
         projected: Tensor = self._projector.forward(given)
         return projected
 
+    def survivors(self) -> Tensor:
+        """See ``Encoder``."""
+        if self.left is None:
+            raise ValueError("compress: nothing was left out between the layers of the encoder")
+        return self.left
+
     def forget(self, why: str) -> None:
         """Refuse from now on, saying why."""
         self._missing = why
 
     def _tokens(self, score: Tensor) -> Tensor:
         """``[M, N]``: of tokens, from that of patches."""
+        if self.pool is not None:
+            return self.pool(score[..., None])[..., 0]
         return score if self.groups is None else score[:, self.groups].mean(2)
 
     def _products(self, layer: int) -> Tensor:

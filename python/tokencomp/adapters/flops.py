@@ -1,6 +1,7 @@
-"""How much an encoder computes for given tokens per layer."""
+"""How much encoders and decoders compute for given tokens per layer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -36,3 +37,22 @@ def encoder_flops(model: nn.Module, tokens: Sequence[int]) -> int:
         rest = sum(module.weight.numel() for module in linear if module not in inside)
         total += 2 * (entering * attention + left * rest) + 4 * entering**2 * layer_width(layer)
     return total
+
+
+def decoder_flops(layer: nn.Module, tokens: Sequence[int], before: int = 0) -> int:
+    """Floating-point operations of one decoder layer for a prompt: linear layers and causal attention.
+
+    ``sum over sequences of 2 n W + 4 C (n before + n (n + 1) / 2)``, with W the weights of linear layers, C
+    the width of all query heads; a multiply-add counts as two. Norms, softmax and experts that are no linear
+    layers are not counted.
+
+    Args:
+        layer: of a Hugging Face decoder.
+        tokens: n of each sequence.
+        before: tokens that the cache holds for each sequence already.
+    """
+    weights = [module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear)]
+    attention: Any = layer.self_attn
+    width: int = attention.o_proj.in_features
+    pairs = sum(n * before + n * (n + 1) // 2 for n in tokens)
+    return 2 * sum(tokens) * sum(weights) + 4 * width * pairs

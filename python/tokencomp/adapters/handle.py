@@ -6,19 +6,22 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 
 from tokencomp import token_map
-from tokencomp.adapters import llm, vit, vlm
+from tokencomp.adapters import llm, vit, vlm, vlm_decoder
 from tokencomp.adapters.kv_handle import CompressedCache
 from tokencomp.adapters.restoring import Restoring
+from tokencomp.adapters.vlm_decoder_handle import CompressedDecoder
 from tokencomp.adapters.vlm_handle import CompressedVisual
+from tokencomp.adapters.vlm_rows import Newlines
 from tokencomp.cache import KeepAll
 from tokencomp.methods import kv
+from tokencomp.methods.decoder import DecoderMethod
 from tokencomp.methods.kv import KVMethod
 from tokencomp.methods.layers import LayerMethod
 from tokencomp.methods.sparse import SparseMethod
 from tokencomp.methods.visual import VisualMethod
 
 CACHE, SPARSE, LAYERS = "method on the KV cache", "sparse method", "method on encoders"
-VISUAL = "method on visual tokens"
+VISUAL, DECODER = "method on visual tokens", "method between decoder layers"
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def compress(
     /,
     *methods: KVMethod | SparseMethod,
     positions: vlm.Positions = "preserve",
-    newlines: vlm.Newlines = "rows",
+    newlines: Newlines = "rows",
     page: int | None = None,
     memory_limit: int | str | None = None,
     chunks: Literal["each", "last"] = "each",
@@ -128,17 +131,32 @@ def compress(
     """On the visual tokens of a vision-language model, and on the cache of its decoder."""
 
 
+@overload
+def compress(
+    model: nn.Module,
+    method: DecoderMethod,
+    /,
+    *methods: VisualMethod | KVMethod | SparseMethod,
+    positions: vlm.Positions = "preserve",
+    newlines: Newlines = "rows",
+    page: int | None = None,
+    memory_limit: int | str | None = None,
+    chunks: Literal["each", "last"] = "each",
+) -> CompressedDecoder:
+    """On visual tokens between the layers of that decoder, and on all of the above."""
+
+
 def compress(
     model: nn.Module,
     *methods: Any,
     dense: bool | None = None,
     positions: vlm.Positions = "preserve",
-    newlines: vlm.Newlines = "rows",
+    newlines: Newlines = "rows",
     page: int | None = None,
     memory_limit: int | str | None = None,
     chunks: Literal["each", "last"] = "each",
     attention: llm.Attention = "paged",
-) -> Compressed | CompressedCache | CompressedVisual:
+) -> Compressed | CompressedCache | CompressedVisual | CompressedDecoder:
     """Make ``model`` process or remember fewer tokens, until the handle is removed or its context left.
 
     ``with tokencomp.compress(model, methods.ToMe(r=16)) as handle: model(pixel_values=...); handle.report()``
@@ -170,11 +188,16 @@ def compress(
     ``compress(model, ToDRE(keep=0.1), ZipCache(), Quest())``. What is left out never enters the decoder, so
     outputs of a prompt have fewer rows; ``generate`` needs no other argument.
 
+    A method between decoder layers (``tokencomp.methods.decoder.DecoderMethod``) leaves visual tokens out
+    behind the layers it names; later layers compute and hold fewer. It makes the decoder's caches
+    ``PagedKVCache``, and may come with one method of each of the other kinds on that model, in any order:
+    ``compress(model, ToDRE(keep=0.25), FastV(), A2SF(budget=512))``.
+
     Args:
         model: the whole model, head included. Known encoders: ``tokencomp.adapters.families()``; decoders of
             Hugging Face that attend through ``AttentionInterface``.
         methods: one method; on decoders one on the KV cache, a sparse one, or one of each; in front of them
-            one on visual tokens.
+            one on visual tokens, and one between decoder layers.
         positions: of visual tokens that stay: ``preserve`` those they had, or ``compact``, numbered anew.
         newlines: which newline tokens behind rows of tiles stay: those of ``rows`` with a kept token, ``all``
             or ``none``.
@@ -199,7 +222,7 @@ def compress(
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress: model must be a torch.nn.Module, got {type(model).__name__}")
     given = _by_kind(methods)
-    on_layers, visual = given.get(LAYERS), given.get(VISUAL)
+    on_layers, visual, between = given.get(LAYERS), given.get(VISUAL), given.get(DECODER)
     placed = positions != "preserve" or newlines != "rows"
     cached = {
         "page": page is not None, "memory_limit": memory_limit is not None, "chunks": chunks != "each",
@@ -208,25 +231,44 @@ def compress(
     if on_layers is not None:
         _refuse(on_layers, "encoders", **cached, positions=placed)
         return Compressed(model, [vit.attach(model, on_layers, dense=dense)])
-    first = visual if visual is not None else given.get(CACHE, given.get(SPARSE))
+    first = next(given[kind] for kind in (VISUAL, DECODER, CACHE, SPARSE) if kind in given)
     _refuse(first, "decoders", dense=dense is not None, positions=placed and visual is None)
+    if between is not None:
+        _refuse(between, "the decoder's own attention", attention=attention != "paged")
     cache = None
-    if CACHE in given or SPARSE in given:
+    if CACHE in given or SPARSE in given or between is not None:
         limit = kv.parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
         options: Any = {"page": page, "limit": limit, "chunks": chunks, "attention": attention}
         kept = given.get(CACHE, KeepAll())
         cache = CompressedCache(model, llm.attach(model, kept, sparse=given.get(SPARSE), **options))
-    if visual is None:
-        assert cache is not None
-        return cache
-    _refuse(visual, "visual tokens without one on the cache", **(cached if cache is None else {}))
+    if visual is not None:
+        _refuse(visual, "visual tokens without one on the cache", **(cached if cache is None else {}))
+    return _attached(model, cache, visual, between, {"positions": positions, "newlines": newlines})
+
+
+def _attached(
+    model: nn.Module, cache: CompressedCache | None, visual: Any, between: Any, options: Any
+) -> CompressedCache | CompressedVisual | CompressedDecoder:
+    """The handle of a decoder whose cache is compressed already, if it is to be."""
+    stack = None
     try:
-        stack = vlm.attach(model, visual, positions=positions, newlines=newlines)
+        if visual is not None:
+            stack = vlm.attach(model, visual, **options)
+        if between is not None:
+            assert cache is not None
+            layers = vlm_decoder.attach(model, between, cache.stack, stack)
+            chosen = None if stack is None else CompressedVisual(model, stack)
+            return CompressedDecoder(model, layers, cache, chosen)
     except BaseException:
+        if stack is not None:
+            vlm.detach(stack)
         if cache is not None:
             cache.remove()
         raise
-    return CompressedVisual(model, stack, cache)
+    if stack is not None:
+        return CompressedVisual(model, stack, cache)
+    assert cache is not None
+    return cache
 
 
 def _by_kind(methods: tuple[Any, ...]) -> dict[str, Any]:
@@ -235,30 +277,33 @@ def _by_kind(methods: tuple[Any, ...]) -> dict[str, Any]:
         raise TypeError("compress: expected one method, got 0")
     found: dict[str, Any] = {}
     for method in methods:
-        kind = _kind(method)
-        if kind in found:
-            raise TypeError(f"compress: expected at most one {kind}, got {found[kind]!r} and {method!r}")
-        found[kind] = method
+        for kind in _kinds(method):
+            if kind in found:
+                raise TypeError(f"compress: expected at most one {kind}, got {found[kind]!r} and {method!r}")
+            found[kind] = method
     if len(found) > 1 and LAYERS in found:
         raise TypeError(f"compress: {found[LAYERS]!r} is a method of encoders and goes with no other")
     return found
 
 
-def _kind(method: Any) -> str:
+def _kinds(method: Any) -> list[str]:
+    """What ``method`` is; several only where it works before and between decoder layers."""
     protocols: dict[str, Any] = {
         CACHE: KVMethod,
         SPARSE: SparseMethod,
         LAYERS: LayerMethod,
         VISUAL: VisualMethod,
+        DECODER: DecoderMethod,
     }
     if not isinstance(method, type):
-        for kind, protocol in protocols.items():
-            if isinstance(method, protocol):
-                return kind
+        found = [kind for kind, protocol in protocols.items() if isinstance(method, protocol)]
+        if found:
+            return found if found == [VISUAL, DECODER] else found[:1]
     raise TypeError(
         "compress: a method has proportional, begin() and reduce() (tokencomp.methods.layers) or is one "
-        "of KV caches (tokencomp.methods.kv), a sparse one (tokencomp.methods.sparse) or one of visual "
-        f"tokens (tokencomp.methods.visual), got {method!r}"
+        "of KV caches (tokencomp.methods.kv), a sparse one (tokencomp.methods.sparse), one of visual "
+        "tokens (tokencomp.methods.visual) or one between decoder layers (tokencomp.methods.decoder), got "
+        f"{method!r}"
     )
 
 

@@ -103,6 +103,11 @@ class CompressedCache(Restoring):
             self._stack.last = None
 
     @property
+    def stack(self) -> llm.Stack:
+        """What is on the decoder."""
+        return self._stack
+
+    @property
     def method(self) -> Any:
         """The method on the KV cache."""
         return self._stack.plan.method

@@ -25,7 +25,9 @@ from tokencomp.ops.kvquant_pages import MAX_PAGE_TYPES
 IMPLEMENTATION = "tokencomp_paged"
 Attention = Literal["paged", "model"]
 
-_thread = threading.local()  # cache: of the forward that the thread is in
+Look = Callable[[nn.Module, Tensor, Tensor, float, float | None], bool]
+
+_thread = threading.local()  # cache: of the forward that the thread is in; look: see ``looking``
 
 
 class Stack:
@@ -300,6 +302,11 @@ def paged_attention(
     """An attention function of ``transformers.AttentionInterface``: over the pages of a compressed layer, and
     that of ``attn_implementation="tokencomp"`` anywhere else. Arguments as there.
     """
+    look: Look | None = getattr(_thread, "look", None)
+    if look is not None:
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        if look(module, query.detach(), key.detach(), scale, softcap):
+            return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     cache = _current_cache()
     layer = None if cache is None else cache.state.pending
     if layer is None or layer.number != module.layer_idx:
@@ -326,6 +333,15 @@ def paged_mask(mask_function: Callable[..., Any] | None = None, **kwargs: Any) -
     if plain and _current_cache() is not None:
         return None
     return hf_mask(mask_function=mask_function, **kwargs)
+
+
+def looking(look: Look | None) -> Look | None:
+    """From now on, in this thread, ``look`` gets module, queries, keys, scale and soft cap before attention;
+    where it returns True, attention is left out and its output 0. Returns what was there before.
+    """
+    before: Look | None = getattr(_thread, "look", None)
+    _thread.look = look
+    return before
 
 
 def _always(value: Any) -> Callable[[Any], Any]:

@@ -58,7 +58,7 @@ class Run:
             self._rotation = merged.merge_rotation(*given, self.source, self.tokens[-1], self.prefix)
         return self._rotation
 
-    def saw(self, q: Tensor, k: Tensor, scale: float | None) -> None:
+    def saw(self, q: Tensor, k: Tensor, scale: float | None, v: Tensor | None = None) -> None:
         """Queries and keys ``[B, H, N, D]`` as the attention of the current layer uses them."""
         self.q, self.k = q, k
         self.scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

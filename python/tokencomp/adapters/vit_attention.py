@@ -75,7 +75,7 @@ def shown_attention(
         kwargs: for the user's implementation.
     """
     run = module._tokencomp_stack.run
-    run.saw(query, key, scaling)
+    run.saw(query, key, scaling, value)
     name = implementation(module._tokencomp_config)
     if run.reduced and attention_mask is not None:
         check_bias(name)

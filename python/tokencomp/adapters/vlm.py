@@ -16,15 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tokencomp import ragged
 from tokencomp.adapters.outputs import signed
 from tokencomp.adapters.patch import Patches, is_patched
 from tokencomp.adapters.vlm_encoder import EncoderLook
-from tokencomp.adapters.vlm_families import FAMILIES, Encoded, Image, Way, way_of
-from tokencomp.methods.visual import VisualKeep, VisualMethod, VisualView
+from tokencomp.adapters.vlm_families import FAMILIES, Way, way_of
+from tokencomp.adapters.vlm_prompt import Chosen, Passes, placeholders
+from tokencomp.adapters.vlm_rows import Newlines, Rows, joined, rows_of, view_of
+from tokencomp.methods.visual import VisualMethod
 
 Positions = Literal["preserve", "compact"]
-Newlines = Literal["rows", "all", "none"]
-Chosen = list[tuple[Encoded, Image]]  # of each image of a prompt, in order
 
 
 @dataclass
@@ -46,6 +47,7 @@ class VisualReport:
     images: int = 0
     index: list[Tensor] = field(default_factory=list)  # of each group of like images [M, K] int32, by crop
     grid: list[tuple[int, int] | None] = field(default_factory=list)
+    key: Tensor | None = None  # [B, W] bool of the prompt that is left, see ``VisualKeep.key``
     text: int = 0  # other tokens of the prompt, all rows
     seconds: float = 0.0  # of the host, in scoring and choosing
     prompts: int = 0  # seen so far, with images or without
@@ -74,7 +76,7 @@ class VisualStack:
     patches: Patches = field(default_factory=Patches)
     hooks: list[Any] = field(default_factory=list)
     report: VisualReport = field(default_factory=lambda: VisualReport(""))
-    passes: list[list[Encoded]] = field(default_factory=list)  # of the encoder, not used yet
+    passes: Passes = field(default_factory=Passes)  # of the encoder, not used yet
     caches: "weakref.WeakKeyDictionary[Any, Kept]" = field(default_factory=weakref.WeakKeyDictionary)
     thread: threading.local = field(default_factory=threading.local)
 
@@ -105,7 +107,7 @@ def attach(
     base, way = the_vlm(model)
     if is_patched(base):
         raise ValueError(f"compress: this {type(model).__name__} is compressed already; remove() that first")
-    look = way.look(base, method.looks_at)
+    look = way.look(base, method)
     stack = VisualStack(
         base, method, positions, newlines, way, look, report=VisualReport(type(method).__name__)
     )
@@ -115,7 +117,10 @@ def attach(
         stack.patches.add(
             base,
             forward=_forward(cls.forward, stack),
-            get_image_features=_get_image_features(cls.get_image_features, stack),
+            **{
+                f"get_{kind}_features": _features(getattr(cls, f"get_{kind}_features"), stack, kind)
+                for kind in way.kinds(base)
+            },
         )
         hook = functools.partial(_before_decoder, stack)
         stack.hooks.append(stack.base.language_model.register_forward_pre_hook(hook, with_kwargs=True))
@@ -147,17 +152,21 @@ def the_vlm(model: nn.Module) -> tuple[nn.Module, Way]:
     )
 
 
-def _get_image_features(original: Any, stack: VisualStack) -> Any:
+def _features(original: Any, stack: VisualStack, kind: str) -> Any:
     names = list(inspect.signature(original).parameters)[1:]
 
-    def get_image_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_features(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = len(stack.passes.waiting)
         found = original(self, *args, **kwargs)
+        if len(stack.passes.waiting) > before:  # videos that went through the function for images
+            stack.passes.rename(kind)
+            return found
         features = found.pooler_output if hasattr(found, "pooler_output") else found
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        stack.passes.append(stack.way.encoded(stack.base, stack.look, list(features), given))
+        stack.passes.add(kind, stack.way.encoded(stack.base, stack.look, list(features), given, kind))
         return found
 
-    return functools.wraps(original)(get_image_features)
+    return functools.wraps(original)(get_features)
 
 
 def _forward(original: Any, stack: VisualStack) -> Any:
@@ -170,7 +179,7 @@ def _forward(original: Any, stack: VisualStack) -> Any:
             "outputs": kwargs.get("mm_encoder_outputs"),
             "positions": kwargs.get("position_ids") is not None,
         }
-        stack.thread.kept = None
+        stack.thread.kept = stack.thread.key = None
         try:
             output = original(self, **kwargs)
         finally:
@@ -190,41 +199,14 @@ def _before_decoder(
     before = None if cache is None else stack.caches.get(cache)
     if before is not None and cache is not None and cache.get_seq_length() == 0:
         before = None  # it was reset
-    images = _images_of(stack, prompt)
+    images = None if prompt is None else stack.passes.of(stack.base, prompt["ids"], prompt["outputs"])
     if images is None:
         if prompt is not None and before is None:
             stack.report = VisualReport(type(stack.method).__name__, prompts=stack.report.prompts + 1)
         own = prompt is None or prompt["positions"]
         return None if before is None else (args, _later(stack, before, dict(kwargs), own))
     ids: Tensor = (prompt or {})["ids"]
-    mask = ids == stack.base.config.image_token_id
-    return args, _shortened(stack, images, mask, ids, before, dict(kwargs))
-
-
-def _images_of(stack: VisualStack, prompt: dict[str, Any] | None) -> Chosen | None:
-    """The images of this prompt; None without any."""
-    if prompt is None or prompt["ids"] is None:
-        return None
-    given = (prompt["outputs"] or {}).get("image")
-    if given is None:
-        latest = stack.passes[-1] if stack.passes else []
-        stack.passes.clear()
-        return [(encoded, image) for encoded in latest for image in encoded.images] or None
-    known = [(e, image) for encoded in stack.passes for e in encoded for image in e.images]
-    found = [_same(feature, known) for feature in given.pooler_output]
-    stack.passes.clear()
-    return found
-
-
-def _same(feature: Tensor, known: Chosen) -> tuple[Encoded, Image]:
-    """The image with these features; generation with beams repeats them, and may copy."""
-    for e, image in known:
-        if image.features is feature or image.features.data_ptr() == feature.data_ptr():
-            return e, image
-    for e, image in known:
-        if image.features.shape == feature.shape and torch.equal(image.features, feature):
-            return e, image
-    raise ValueError("compress: these images were encoded before the model was compressed")
+    return args, _shortened(stack, images, placeholders(stack.base, ids), ids, before, dict(kwargs))
 
 
 def _shortened(
@@ -232,16 +214,19 @@ def _shortened(
 ) -> dict[str, Any]:
     """The decoder's arguments for a prompt, without the visual tokens that do not go on."""
     embeds, tokens = kwargs["inputs_embeds"], mask.shape[1]
-    rows, values = _choose(stack, images, mask, embeds)
-    embeds = embeds.masked_scatter(mask[..., None], values.to(embeds.dtype))
-    stays = (~mask).masked_scatter(mask, rows)
+    rows = _choose(stack, images, mask, embeds)
+    embeds = embeds.masked_scatter(mask[..., None], rows.values.to(embeds.dtype))
+    stays = (~mask).masked_scatter(mask, rows.kept)
     padding = kwargs.get("attention_mask")
     past = 0 if before is None else before.columns
     if padding is not None and padding.dim() == 2:
         stays = stays & padding[:, past : past + tokens].bool()
-    place = _left_padded(stays)
+    place = ragged.right_packed(stays)
     there = place >= 0
     at = place.clamp(min=0)
+    if rows.key is not None:
+        key = torch.zeros_like(mask).masked_scatter(mask, rows.key)
+        stack.report.key = stack.thread.key = key.gather(1, at) & there
     kwargs["inputs_embeds"] = _take(embeds, at) * there[..., None]
     kwargs["position_ids"] = _positions(stack, kwargs.get("position_ids"), at, there, before, past)
     if kwargs.get("visual_pos_masks") is not None:  # features that the first decoder layers add
@@ -256,8 +241,8 @@ def _shortened(
     return kwargs
 
 
-def _choose(stack: VisualStack, images: Chosen, mask: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Of all packed visual rows, in order: ``[R]`` bool, those that go on, and ``[R, C]`` their values."""
+def _choose(stack: VisualStack, images: Chosen, mask: Tensor, embeds: Tensor) -> Rows:
+    """All packed visual rows, in order."""
     sizes = [len(image.features) for _, image in images]
     row = mask.nonzero()[torch.tensor([0, *sizes[:-1]]).cumsum(0).to(mask.device), 0]  # of each image
     stack.report = VisualReport(
@@ -265,11 +250,10 @@ def _choose(stack: VisualStack, images: Chosen, mask: Tensor, embeds: Tensor) ->
         text=mask.numel() - sum(sizes),
     )  # fmt: skip
     begin = time.perf_counter()
-    kept: list[Tensor] = [torch.empty(0)] * len(images)
-    value: list[Tensor] = [torch.empty(0)] * len(images)
+    found: dict[int, Rows] = {}
     for encoded in {id(e): e for e, _ in images}.values():
         mine = [i for i, (e, _) in enumerate(images) if e is encoded]
-        view = _view(encoded, [images[i][1] for i in mine], embeds[row[mine]], ~mask[row[mine]])
+        view = view_of(encoded, [images[i][1] for i in mine], embeds[row[mine]], ~mask[row[mine]])
         with torch.no_grad():
             keep = stack.method.choose(view)
         stack.report.index.append(keep.index)
@@ -278,81 +262,16 @@ def _choose(stack: VisualStack, images: Chosen, mask: Tensor, embeds: Tensor) ->
         for i in mine:
             image = images[i][1]
             crops = slice(first, first + len(image.crops))
-            kept[i], value[i] = _rows(image, _part(keep, crops), view.x[crops], stack.newlines)
+            found[i] = rows_of(image, keep, crops, view.x, stack.newlines)
             first += len(image.crops)
-    rows = torch.cat(kept)
-    stack.report.kept = int(rows.sum())
+    rows = joined([found[i] for i in range(len(images))])
+    stack.report.kept = int(rows.kept.sum())
     stack.report.seconds = time.perf_counter() - begin
-    return rows, torch.cat(value)
-
-
-def _view(encoded: Encoded, images: list[Image], text: Tensor, text_mask: Tensor) -> VisualView:
-    crops = [crop for image in images for crop in image.crops]
-    whole = crops == list(range(encoded.x.shape[0]))
-    encoder: Any = encoded.encoder if whole else _InOrder(encoded.encoder, crops)
-    x = encoded.x if whole else encoded.x[crops]
-    return VisualView(
-        x, encoder, encoded.grid, [len(image.crops) for image in images], encoded.overview,
-        [image.tiles for image in images], text, text_mask,
-    )  # fmt: skip
-
-
-class _InOrder:
-    """An encoder pass with its crops in another order, or several times (beams)."""
-
-    def __init__(self, encoder: Any, order: list[int]) -> None:
-        self._encoder, self._order = encoder, order
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._encoder, name)
-        if name not in ("cls", "logits", "columns", "keys", "cls_query", "features"):
-            return value
-
-        def ordered(*args: Any) -> Any:
-            found = value(*args)
-            return tuple(t[self._order] for t in found) if isinstance(found, tuple) else found[self._order]
-
-        return ordered
-
-
-def _part(keep: VisualKeep, crops: slice) -> VisualKeep:
-    return VisualKeep(keep.index[crops], None if keep.x is None else keep.x[crops])
-
-
-def _rows(image: Image, keep: VisualKeep, x: Tensor, newlines: Newlines) -> tuple[Tensor, Tensor]:
-    """Of the packed rows of ``image``: ``[n]`` bool, those that go on, and ``[n, C]`` their values."""
-    crops, tokens, width = x.shape
-    place = torch.where(keep.index < 0, tokens, keep.index).long()
-    kept = torch.zeros(crops, tokens + 1, dtype=torch.bool, device=x.device).scatter(1, place, True)
-    flat = kept[:, :tokens].flatten()
-    source = image.source
-    rows = flat[source.clamp(min=0)] & (source >= 0)
-    values = image.features
-    if keep.x is not None:
-        changed = torch.cat([x, x.new_zeros(crops, 1, width)], 1)
-        changed = changed.scatter(1, place[..., None].expand(-1, -1, width), keep.x)[:, :tokens]
-        values = torch.where((source >= 0)[:, None], changed.flatten(0, 1)[source.clamp(min=0)], values)
-    newline = source < 0
-    if newlines == "all":
-        return rows | newline, values
-    if newlines == "rows" and bool(newline.any()):
-        line = newline.long().cumsum(0) - newline.long()  # the rows before a newline are its line
-        line = torch.where(source < tokens, torch.where(newline, line, -1), line)  # not the overview's
-        alive = torch.zeros(int(line.max()) + 2, dtype=torch.bool, device=x.device)
-        alive[line[rows] + 1] = True
-        return rows | (newline & alive[line + 1]), values
-    return rows, values
+    return rows
 
 
 def _take(x: Tensor, at: Tensor) -> Tensor:
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
-
-
-def _left_padded(stays: Tensor) -> Tensor:
-    """``[B, W]`` int64: the columns ``stays`` ``[B, S]`` names, ascending, behind -1 in shorter rows."""
-    column = torch.arange(stays.shape[1], device=stays.device)
-    ordered = torch.where(stays, column, -1).sort(1).values
-    return ordered[:, stays.shape[1] - int(stays.sum(1).max()) :]
 
 
 def _positions(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.families import special_tokens
@@ -22,7 +23,7 @@ class _Layer:
     def run(self) -> "_Layer":
         return self
 
-    def saw(self, query: Tensor, key: Tensor, scaling: float | None) -> None:
+    def saw(self, query: Tensor, key: Tensor, scaling: float | None, value: Tensor | None = None) -> None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         self.seen.append((query.detach(), key.detach(), scale))
 
@@ -38,8 +39,9 @@ class EncoderLook:
 
     def __init__(self, tower: nn.Module, projector: nn.Module, wanted: Any) -> None:
         self.projector = projector
-        self._attentions = [m for m in tower.modules() if is_vision_attention(m)]
-        self.layers = len(self._attentions)
+        self.attentions = [m for m in tower.modules() if is_vision_attention(m)]
+        self.layers = len(self.attentions)
+        self.cut: Any = None  # vlm_cut.Cut, where a method leaves patches out of the tower
         inner: Any = tower if hasattr(tower, "embeddings") else getattr(tower, "vision_model", tower)
         embeddings = getattr(inner, "embeddings", None)  # one level below before transformers 5.23
         self.prefix = 0 if embeddings is None else special_tokens(embeddings)
@@ -50,12 +52,13 @@ class EncoderLook:
     def attach(self, patches: Patches) -> list[Any]:
         """Patch the layers; returns hooks to remove at the end."""
         for number, layer in self._layers.items():
-            show_attention(patches, self._attentions[number], layer)
+            show_attention(patches, self.attentions[number], layer)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._input, self._output = args[0].detach(), output.detach()
 
-        return [self.projector.register_forward_hook(after)]
+        hooks = [self.projector.register_forward_hook(after)]
+        return hooks if self.cut is None else hooks + self.cut.attach(patches)
 
     def projected(self) -> Tensor | None:
         """What the projector gave last."""
@@ -65,31 +68,32 @@ class EncoderLook:
         """What was seen since the last time, of crops in one batch; forgets it."""
         seen = {number: layer.seen[-1] for number, layer in self._layers.items() if layer.seen}
         encoder = SeenEncoder(self.layers, self.prefix, self.projector, seen, self._input)
+        encoder.left = None if self.cut is None else self.cut.survivors()
         self._forget()
         return encoder
 
-    def taken_by_image(self, patches: list[int]) -> list[SeenEncoder]:
-        """The same where every layer attends image by image, of ``patches`` each.
+    def taken_by_image(self, grids: list[tuple[int, int]]) -> list[SeenEncoder]:
+        """The same where every layer attends frame by frame: of each image or video with so many frames of so
+        many patches, its frames as crops.
 
         Raises ValueError for a layer that attends in windows.
         """
         for number, layer in self._layers.items():
             chunks = [query.shape[2] for query, _, _ in layer.seen]
-            if chunks != patches:
+            if chunks != [patches for frames, patches in grids for _ in range(frames)]:
                 raise ValueError(
                     f"compress: encoder layer {number} attends in windows, not to whole images; look at a "
                     "layer of full attention"
                 )
-        found = [
-            SeenEncoder(
-                self.layers,
-                self.prefix,
-                self.projector,
-                {number: layer.seen[i] for number, layer in self._layers.items()},
-                None,
-            )
-            for i in range(len(patches))
-        ]
+        found, first = [], 0
+        for frames, _ in grids:
+            seen = {
+                number: _joined(layer.seen[first : first + frames]) for number, layer in self._layers.items()
+            }
+            found.append(SeenEncoder(self.layers, self.prefix, self.projector, seen, None))
+            if self.cut is not None:
+                found[-1].left = _rows(self.cut.survivors()[first : first + frames])
+            first += frames
         self._forget()
         return found
 
@@ -104,3 +108,12 @@ def is_vision_attention(module: nn.Module) -> bool:
     apart = all(isinstance(getattr(module, name, None), nn.Module) for name in ("q_proj", "k_proj"))
     fused = isinstance(getattr(module, "qkv", None), nn.Module)
     return (apart or fused) and getattr(module, "config", None) is not None
+
+
+def _joined(frames: list[Seen]) -> Seen:
+    return torch.cat([q for q, _, _ in frames]), torch.cat([k for _, k, _ in frames]), frames[0][2]
+
+
+def _rows(lists: list[Tensor]) -> Tensor:
+    """``[M, K]``: ragged lists, -1 behind the shorter ones."""
+    return torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)

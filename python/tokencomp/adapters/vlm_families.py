@@ -1,17 +1,23 @@
 """How vision-language models get from patches to visual tokens: one small class a way.
 
-A pass of the encoder becomes ``Encoded`` images. Which rows of an image's packed tokens come from where is
-found by sending numbers through the model's own reordering, so no model code is repeated.
+To add one, write a ``Way`` with ``matches``, ``look`` and ``encoded`` and put it into ``WAYS``. A pass of the
+encoder becomes ``Encoded`` images. Which rows of an image's packed tokens come from where is found by sending
+numbers through the model's own reordering, so no model code is repeated.
 """
 
+import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.vlm_cut import CropCut, PackedCut
 from tokencomp.adapters.vlm_encoder import EncoderLook
+from tokencomp.methods.encoder import EncoderMethod
+from tokencomp.methods.visual import VisualMethod
 from tokencomp.visual_attention import SeenEncoder
 
 
@@ -47,14 +53,28 @@ class Way:
         has = all(isinstance(getattr(base, part, None), nn.Module) for part in self.parts)
         return has and hasattr(base, "get_image_features") and hasattr(base, "get_placeholder_mask")
 
-    def look(self, base: Any, wanted: Any) -> EncoderLook:
-        """What looks on while the encoder runs."""
-        return EncoderLook(base.vision_tower, base.multi_modal_projector, wanted)
+    def kinds(self, base: Any) -> tuple[str, ...]:
+        """Which of ``image`` and ``video`` it takes."""
+        return ("image",)
+
+    def look(self, base: Any, method: VisualMethod) -> EncoderLook:
+        """What looks on while the encoder runs, and cuts where the method does."""
+        look = EncoderLook(base.vision_tower, base.multi_modal_projector, method.looks_at)
+        if isinstance(method, EncoderMethod):
+            depth = base.config.vision_feature_layer
+            last = max(d % (look.layers + 1) for d in (depth if isinstance(depth, list) else [depth])) - 1
+            groups = self.groups(base) or 1
+            look.cut = CropCut(base.vision_tower, look.attentions, method, last, look.prefix, groups)
+        return look
+
+    def groups(self, base: Any) -> Callable[[int], Tensor] | None:
+        """A function of the number of patches: ``[N, g]``, those of each token; None where each is one."""
+        return None
 
     def encoded(
-        self, base: Any, look: EncoderLook, features: list[Tensor], given: dict[str, Any]
+        self, base: Any, look: EncoderLook, features: list[Tensor], given: dict[str, Any], kind: str
     ) -> list[Encoded]:
-        """The images of a pass, in order; ``given`` are the arguments of ``get_image_features``."""
+        """What is in a pass, in order; ``given`` are the arguments of ``get_image_features`` (or video)."""
         x = torch.stack(features)
         images = [Image(f, [i], torch.arange(len(f), device=f.device)) for i, f in enumerate(features)]
         return [Encoded(look.taken(), x, square(x.shape[1]), images)]
@@ -68,20 +88,22 @@ class Tiled(Way):
         return super().matches(base) and hasattr(base, "pack_image_features")
 
     def encoded(
-        self, base: Any, look: EncoderLook, features: list[Tensor], given: dict[str, Any]
+        self, base: Any, look: EncoderLook, features: list[Tensor], given: dict[str, Any], kind: str
     ) -> list[Encoded]:
         """See ``Way``. Where the model resizes tiles, packed tokens are those of one crop without a grid."""
         x, encoder, sizes = look.projected(), look.taken(), given.get("image_sizes")
         if x is None or sizes is None:
             raise ValueError("compress: images of this model need image_sizes")
-        counts = self._counts(base, sizes, x.shape[0])
+        counts = self._counts(base, sizes, x.shape[0], given.get("batch_num_images"))
         number = torch.arange(x.shape[1], dtype=torch.float64, device=x.device)[None, :, None]
         numbers = [number + torch.arange(c, device=x.device)[:, None, None] * x.shape[1] for c in counts]
         newline = torch.full((1,), -1.0, dtype=torch.float64, device=x.device)
-        strategy = given.get("vision_feature_select_strategy") or base.config.vision_feature_select_strategy
-        packed, _ = base.pack_image_features(
-            numbers, sizes, vision_feature_select_strategy=strategy, image_newline=newline
-        )
+        options = {
+            name: given.get(name) or getattr(base.config, name)
+            for name in ("vision_feature_select_strategy", "vision_aspect_ratio")
+            if name in inspect.signature(base.pack_image_features).parameters
+        }
+        packed, _ = base.pack_image_features(numbers, sizes, image_newline=newline, **options)
         images, first = [], 0
         for f, rows, count in zip(features, packed, counts, strict=True):
             source = rows.flatten().round().long()
@@ -92,7 +114,8 @@ class Tiled(Way):
             first += count
         return [Encoded(encoder, x, square(x.shape[1]), images, overview=True)]
 
-    def _counts(self, base: Any, sizes: Any, total: int) -> list[int]:
+    def _counts(self, base: Any, sizes: Any, total: int, together: Any) -> list[int]:
+        """Crops of each image; ``together``: how many images each prompt has, several being one crop each."""
         function = getattr(sys.modules[_plain(base).__module__], "image_size_to_num_patches", None)
         if function is None:
             return [1] * total
@@ -101,7 +124,38 @@ class Tiled(Way):
             function(image_size=s, grid_pinpoints=base.config.image_grid_pinpoints, patch_size=side)
             for s in sizes
         ]
+        if together is not None:
+            alone = [n == 1 for n in together for _ in range(n)]
+            counts = [count if single else 1 for count, single in zip(counts, alone, strict=True)]
         return counts if sum(counts) == total else [1] * total
+
+
+class OneVision(Tiled):
+    """LLaVA-OneVision: as LLaVA-NeXT; of a video, smaller maps of its frames, and a newline at its end."""
+
+    def matches(self, base: Any) -> bool:
+        """See ``Way``."""
+        return super().matches(base) and hasattr(base, "apply_pooling")
+
+    def kinds(self, base: Any) -> tuple[str, ...]:
+        """See ``Way``."""
+        return ("image", "video")
+
+    def encoded(
+        self, base: Any, look: EncoderLook, features: list[Tensor], given: dict[str, Any], kind: str
+    ) -> list[Encoded]:
+        """See ``Way``."""
+        if kind == "image":
+            return super().encoded(base, look, features, given, kind)
+        encoder, frames = look.taken(), int(given["pixel_values_videos"].shape[1])
+        if encoder.left is not None:
+            raise ValueError("compress: frames of this model are made smaller behind the encoder; cut later")
+        encoder.pool = base.apply_pooling
+        tokens, x = (len(features[0]) - 1) // frames, torch.stack(features)
+        source = torch.arange(len(features[0]), device=x.device)
+        source[-1] = -1
+        images = [Image(f, list(range(i * frames, (i + 1) * frames)), source) for i, f in enumerate(features)]
+        return [Encoded(encoder, x[:, :-1].reshape(-1, tokens, x.shape[2]), square(tokens), images)]
 
 
 class Shuffled(Way):
@@ -111,42 +165,64 @@ class Shuffled(Way):
         """See ``Way``."""
         return super().matches(base) and hasattr(base, "pixel_shuffle")
 
-    def encoded(
-        self, base: Any, look: EncoderLook, features: list[Tensor], given: dict[str, Any]
-    ) -> list[Encoded]:
-        """See ``Way``."""
-        found = super().encoded(base, look, features, given)
-        encoder = found[0].encoder
-        patches = encoder.patches()
-        if patches is not None:
+    def groups(self, base: Any) -> Callable[[int], Tensor]:
+        """See ``Way``: by the model's own reordering."""
+
+        def of(patches: int) -> Tensor:
             side = round(patches**0.5)
             number = torch.arange(side * side, dtype=torch.float64).view(1, side, side, 1)
             groups = base.pixel_shuffle(number, scale_factor=base.config.downsample_ratio)
-            encoder.groups = groups.reshape(-1, groups.shape[-1]).round().long().to(found[0].x.device)
+            return groups.reshape(-1, groups.shape[-1]).round().long()  # type: ignore[no-any-return]
+
+        return of
+
+    def encoded(
+        self, base: Any, look: EncoderLook, features: list[Tensor], given: dict[str, Any], kind: str
+    ) -> list[Encoded]:
+        """See ``Way``."""
+        found = super().encoded(base, look, features, given, kind)
+        encoder = found[0].encoder
+        patches = encoder.patches()
+        if patches is not None:
+            encoder.groups = self.groups(base)(patches).to(found[0].x.device)
         return found
 
 
 class Packed(Way):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images of any size, four patches a token."""
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images of any size, four patches a token; frames are crops."""
 
     parts = ("visual", "language_model")
 
-    def look(self, base: Any, wanted: Any) -> EncoderLook:
+    def kinds(self, base: Any) -> tuple[str, ...]:
         """See ``Way``."""
-        return EncoderLook(base.visual, base.visual.merger, wanted)
+        return ("image", "video") if hasattr(base, "get_video_features") else ("image",)
+
+    def look(self, base: Any, method: VisualMethod) -> EncoderLook:
+        """See ``Way``. Raises ValueError where a method would cut patches out of windows."""
+        look = EncoderLook(base.visual, base.visual.merger, method.looks_at)
+        if isinstance(method, EncoderMethod):
+            if getattr(base.config.vision_config, "fullatt_block_indexes", None) is not None:
+                raise ValueError(
+                    f"compress: {type(method).__name__} leaves patches out between encoder layers, but "
+                    f"{_plain(base.visual).__name__} attends in windows; choose its tokens behind the encoder"
+                )
+            groups = base.visual.spatial_merge_size**2
+            look.cut = PackedCut(base.visual, look.attentions, method, look.layers - 1, 0, groups)
+        return look
 
     def encoded(
-        self, base: Any, look: EncoderLook, features: list[Tensor], given: dict[str, Any]
+        self, base: Any, look: EncoderLook, features: list[Tensor], given: dict[str, Any], kind: str
     ) -> list[Encoded]:
-        """See ``Way``: each image by itself. Raises ValueError where a layer attends in windows."""
-        grids, merge = given["image_grid_thw"].tolist(), base.visual.spatial_merge_size
-        encoders = look.taken_by_image([t * h * w for t, h, w in grids])
+        """See ``Way``: each by itself. Raises ValueError where a layer attends in windows."""
+        grids = given["image_grid_thw" if "image_grid_thw" in given else "video_grid_thw"].tolist()
+        merge = base.visual.spatial_merge_size
+        encoders = look.taken_by_image([(t, h * w) for t, h, w in grids])
         found = []
         for (t, h, w), f, encoder in zip(grids, features, encoders, strict=True):
-            encoder.groups = self._groups(base, (t, h, w), merge, f.device)
-            grid = (h // merge, w // merge) if t == 1 else None
-            image = Image(f, [0], torch.arange(len(f), device=f.device))
-            found.append(Encoded(encoder, f[None], grid, [image]))
+            encoder.groups = self._groups(base, (1, h, w), merge, f.device)
+            image = Image(f, list(range(t)), torch.arange(len(f), device=f.device))
+            x = f.view(t, -1, f.shape[1])
+            found.append(Encoded(encoder, x, (h // merge, w // merge), [image]))
         return found
 
     def _groups(self, base: Any, grid: tuple[int, int, int], merge: int, device: torch.device) -> Tensor:
@@ -167,8 +243,11 @@ class Packed(Way):
         return groups[place]
 
 
-WAYS: tuple[Way, ...] = (Shuffled(), Tiled(), Way(), Packed())
-FAMILIES = "LLaVA-1.5, LLaVA-NeXT, InternVL, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and others built like them"
+WAYS: tuple[Way, ...] = (Shuffled(), OneVision(), Tiled(), Way(), Packed())
+FAMILIES = (
+    "LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, InternVL, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and others built like "
+    "them"
+)
 
 
 def way_of(base: nn.Module) -> Way | None:

@@ -60,13 +60,14 @@ def forward_of(
         device: of the keys.
     """
     step = columns > 0 and tokens <= STEP_TOKENS
-    packing = None if mask is None or bool(mask.all()) else _packing(mask.to(device), to_end=step)
+    packing = None if mask is None or bool(mask.all()) else packing_of(mask.to(device), to_end=step)
     counts = None if packing is None else packing.counts.cpu().numpy().astype(np.int32)
     after = seen + (np.int32(tokens) if counts is None else counts)
     return Forward(tokens, step, after, after.tolist(), counts, packing, steps + 1 if step else steps)
 
 
-def _packing(real: Tensor, *, to_end: bool) -> Packing:
+def packing_of(real: Tensor, *, to_end: bool) -> Packing:
+    """The columns ``real`` ``[B, T]`` bool packed to the front, or to the end."""
     counts = real.sum(1)
     longest = int(counts.max())
     if to_end:

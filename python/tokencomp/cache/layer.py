@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokencomp import attention, ops
+from tokencomp import attention, ops, ragged
 from tokencomp.cache.forward import Forward, Rule
 from tokencomp.cache.keep_all import KeepAll
 from tokencomp.cache.pool import Ints, Pool
@@ -188,10 +188,16 @@ class Layer:
             gone = store.fill(k, v, keep, what.seen, self.inv_freq)
             self.events.evictions += gone > 0
             self.events.evicted += gone
-        if self.index == 0 and store.tiers is not None:
-            store.expect(self.layers - 1)
+        if store.tiers is not None:
+            store.expect(self._alike())
         self.events.prompt = store.host_lengths.copy()
         self.events.seconds += time.perf_counter() - begin
+
+    def _alike(self) -> int:
+        """How many later layers have the types of pages that this one is the first to have; else 0."""
+        types = getattr(self.method, "layer_specs", lambda layer, layers: ())
+        same = [i for i in range(self.layers) if types(i, self.layers) == types(self.index, self.layers)]
+        return len(same) - 1 if same[0] == self.index else 0
 
     def _expect(self, store: LayerStore, what: Forward) -> None:
         """Pages for all layers at once, as the method budgets them."""
@@ -290,6 +296,21 @@ class Layer:
             store.append(k, v)
         else:
             store.append(k, v, packing.starts, packing.counts, what.counts)
+
+    def keep_only(self, stays: Tensor, first: Ints, seen: Ints) -> None:
+        """Of the tokens from ``first[b]`` on, let go of those that ``stays`` ``[B, T]`` bool does not name;
+        ``seen[b]`` there were so far.
+        """
+        store = self.store
+        assert store is not None
+        slot = torch.arange(store.width, device=stays.device)
+        number = store.position() - torch.from_numpy(first).to(stays.device)[:, None, None]
+        place = number.clamp(0, stays.shape[1] - 1).long().flatten(1)
+        stay = (number < 0) | stays.gather(1, place).view(number.shape)
+        stay = stay & (slot < store.lengths[..., None])
+        index, _, count = ragged.compact_rows(stay.flatten(0, 1), max(1, int(stay.sum(-1).max())))
+        shape = store.lengths.shape
+        self._evict(store, Keep(index.view(*shape, -1), count.view(shape), ragged=True), seen)
 
     def crop(self, seen: Ints) -> None:
         """Back to ``seen[b]`` tokens of each sequence; what was evicted does not come back."""

@@ -1,6 +1,6 @@
 """``PagedKVCache``: pages, rows and methods as a cache of transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from tokencomp import ragged
 from tokencomp.cache.forward import Forward, Rule, forward_of
 from tokencomp.cache.layer import Layer
 from tokencomp.cache.memory import LayerMemory, Memory, give_back, of_layer, of_pools
+from tokencomp.cache.narrow import Absent, narrowed
 from tokencomp.cache.pool import Ints
 from tokencomp.cache.sparse import Reader, reorder, to_device
 from tokencomp.cache.state import Plan, State
@@ -170,10 +172,12 @@ class PagedKVCache(Cache):
             self._reserve(what)
         others = [(layer, dict(vars(layer))) for layer in self.layers if type(layer) is not PagedLayer]
         self.state.current, self.state.pending = what, None
+        absent = self.state.absent
         try:
             yield what
             self.state.check_consumed()
         except BaseException:
+            self.state.absent = absent
             self._undo(seen, others)
             raise
         finally:
@@ -194,7 +198,44 @@ class PagedKVCache(Cache):
         """What the attention function of ``layer`` returns, ``[B, Hq, T, Dv]``; stores ``k`` and ``v``."""
         assert self.state.current is not None
         self.state.pending = None
-        return layer.layer.forward(q, k, v, self.state.current, rule, self.state.pool(layer, k, v))
+        what = self.state.absent.of_layer(layer.number, self.state.current)
+        return layer.layer.forward(q, k, v, what, rule, self.state.pool(layer, k, v))
+
+    def narrow(self, whole: Forward, columns: Tensor, first: int) -> None:
+        """From layer ``first`` on, the forward that is going on has no more tokens than ``columns``.
+
+        Later layers number the tokens they get: to them the sequence is shorter. What the cache as a whole
+        counts, ``seen`` and columns, stays.
+
+        Args:
+            whole: what ``forward`` gave.
+            columns: ``[B, W]`` int64 of the forward's columns, ascending, -1 in front of shorter rows;
+                subsets of those that earlier calls in this forward left.
+            first: layer of the model.
+
+        Raises ValueError in decode steps, or where a layer from there on has no pages.
+        """
+        later = [paged.number for paged in self.paged if paged.number >= first]
+        if whole.step or len(later) != len(self.layers) - first:
+            raise ValueError("PagedKVCache: only prompts, in layers that all have pages, get narrower")
+        self.state.current, gone = narrowed(whole, columns)
+        self.state.absent = self.state.absent.with_gone(later, gone)
+
+    def release(self, numbers: Collection[int], columns: Mapping[int, Tensor], left: Tensor) -> None:
+        """After a prompt: layers let go of those of its tokens that are not left.
+
+        Args:
+            numbers: of the layers.
+            columns: of each ``[B, W]``, the columns of the prompt that it got, ascending, -1 elsewhere.
+            left: ``[B, T]`` bool, the columns that stay.
+        """
+        for paged in self.paged:
+            if paged.number in numbers and paged.layer.store is not None:
+                index, there, counts = ragged.compact_rows(columns[paged.number] >= 0)
+                column = columns[paged.number].gather(1, index.clamp(min=0).long()).clamp(min=0)
+                stays = left.gather(1, column) & there
+                seen = self.state.absent.seen_by(paged.number, self.state.seen)
+                paged.layer.keep_only(stays, seen - counts.cpu().numpy(), seen)
 
     def mask_of_held(self, mask: Tensor | None, tokens: int) -> Tensor | None:
         """``[B, columns + tokens]`` for attention that is handed all keys: 0 where a row has none.
@@ -240,7 +281,7 @@ class PagedKVCache(Cache):
             vars(layer).update(state)
         for paged in self.paged:
             if self.state.columns:
-                paged.layer.crop(seen)
+                paged.layer.crop(self.state.absent.seen_by(paged.number, seen))
             else:
                 paged.layer.reset()
 
@@ -252,6 +293,7 @@ class PagedKVCache(Cache):
         self.state.columns, self.state.steps, self.state.seen = 0, 0, np.zeros(0, np.int32)
         self.state.padding.clear()
         self.state.shared.clear()
+        self.state.absent = Absent()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Sequence i becomes a copy of sequence ``beam_idx[i]``; pages are shared until written."""
@@ -275,6 +317,7 @@ class PagedKVCache(Cache):
             reorder(self.state.shared, rows)
             self.state.seen = self.state.seen[order.numpy()]
             self.state.padding = [(first, real[order.to(real.device)]) for first, real in self.state.padding]
+            self.state.absent = self.state.absent.select(order.numpy())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Let the last ``-tokens_to_remove`` columns go; what was evicted meanwhile does not come back.
@@ -299,7 +342,8 @@ class PagedKVCache(Cache):
         if count:
             self.state.columns, self.state.seen, self.state.padding = left, self.state.seen - gone, kept
             for paged in self.paged:
-                paged.layer.crop(self.state.seen)
+                paged.layer.crop(self.state.absent.seen_by(paged.number, self.state.seen))
+            self.state.absent = self.state.absent.before(self.state.seen)
 
     def to(self, device: torch.device | str) -> "PagedKVCache":
         """Move everything to ``device``, in place."""

@@ -115,6 +115,14 @@ class Pages:
         with contextlib.suppress(MemoryError):
             self.reserve(max(0, min(pages, most)))
 
+    def expect_like(self, own: int, times: int) -> None:
+        """``expect`` so many times the pages of a layer that has ``own``.
+
+        Where others have pages too, the free ones stay for those that they expect.
+        """
+        in_use = int(self.book.in_use)
+        self.expect(times * own + (self.capacity - in_use if in_use > own else 0))
+
     def allocate(self, pages: int) -> Ints:
         """``pages`` page numbers, the lowest free ones first; grows where needed. Raises as ``reserve``."""
         self.reserve(pages, slack=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokencomp.cache.forward import Forward
 from tokencomp.cache.keep_all import KeepAll
 from tokencomp.cache.layer import Chunks
+from tokencomp.cache.narrow import Absent
 from tokencomp.cache.pool import Account, Ints, Pool, page_size
 from tokencomp.cache.store import LayerStore
 from tokencomp.methods.kv import KVMethod
@@ -63,6 +64,7 @@ class State:
     shared: dict[str, Any] = field(default_factory=dict)  # what the layers' sparse method leaves for the next
     padding: list[tuple[int, Tensor]] = field(default_factory=list)  # first column, [B, T] real ones
     current: Forward | None = None  # the forward that is going on
+    absent: Absent = field(default_factory=Absent)  # tokens that some layers never got
     pending: Any = None  # the ``PagedLayer`` that was updated, and not yet attended to
     account: Account | None = None  # of the bytes of all pools
 

@@ -182,9 +182,9 @@ class LayerStore:
             self._widen_state()
 
     def expect(self, times: int) -> None:
-        """Room for so many other layers with as many pages of all types as this one."""
+        """Room for so many other layers with as many pages of all types as this one, beside what is free."""
         for kind, pool in enumerate((self.pool, *self.pool.quantized)):
-            pool.expect(times * len(self.pages_of(kind)))
+            pool.expect_like(len(self.pages_of(kind)), times)
 
     def pages_for(self, grown: int | Ints) -> int:
         """New pages that appending ``grown`` tokens to the rows takes."""

@@ -33,7 +33,10 @@ class Handle(Protocol):
 
 
 class Compressor(Protocol):
-    """Keeps about ``budget`` of the tokens (or bytes) of a model it is applied to."""
+    """Keeps about ``budget`` of the tokens (or bytes) of a model it is applied to.
+
+    One with a true attribute ``adaptive`` finds its own number and runs once, whatever the budgets.
+    """
 
     @property
     def name(self) -> str:

@@ -119,7 +119,10 @@ def _configs(model: Any, compressors: Iterable[str | Compressor], budgets: Seque
         raise ValueError("evaluate: budgets must not be empty")
     levels = sorted({float(budget) for budget in budgets})
     made = [_Config(Nothing(), 1.0)]
-    return made + [_Config(compressor, level) for compressor in chosen.values() for level in levels]
+    for compressor in chosen.values():
+        own = getattr(compressor, "adaptive", False)
+        made += [_Config(compressor, level) for level in ([1.0] if own else levels)]
+    return made
 
 
 def _once(model: Any, task: Task, config: _Config, sample: Sample, seed: int) -> None:
@@ -137,7 +140,8 @@ def _rows(configs: list[_Config], samples: list[Sample], resampling: Bootstrap) 
     rows = []
     for config, mean in zip(configs, means, strict=True):
         method = config.compressor.name
-        base = None if method in ("none", "random") else random[config.budget]
+        own = bool(getattr(config.compressor, "adaptive", False))
+        base = None if own or method in ("none", "random") else random[config.budget]
         kept = np.array([report.kept for report in config.reports]).mean(axis=0)
         decode = [step for meter in config.meters for step in meter.seconds.get("decode", [])]
         held = [meter.kv_bytes for meter in config.meters if meter.kv_bytes is not None]
@@ -160,6 +164,7 @@ def _rows(configs: list[_Config], samples: list[Sample], resampling: Bootstrap) 
                 scores=tuple(mean.tolist()),
                 groups=_groups(mean, samples),
                 kept_tokens=tuple(index.tolist()) if index is not None and samples[0].grid else (),
+                adaptive=own,
             )
         )
     return rows
@@ -169,7 +174,8 @@ def _groups(mean: Floats, samples: list[Sample]) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for score, sample in zip(mean.tolist(), samples, strict=True):
         if sample.group is not None:
-            found.setdefault(f"{sample.group:g}", []).append(score)
+            name = sample.group if isinstance(sample.group, str) else f"{sample.group:g}"
+            found.setdefault(name, []).append(score)
     return {group: statistics.fmean(scores) for group, scores in found.items()}
 
 

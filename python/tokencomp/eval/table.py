@@ -19,10 +19,10 @@ class Row:
     """One method at one budget, over all samples."""
 
     method: str
-    budget: float  # share of tokens asked for
+    budget: float  # share of tokens asked for; 1 where nothing was
     score: Estimate
     versus_none: Estimate  # paired difference of the score
-    versus_random: Estimate | None  # at the same budget; None for none and random themselves
+    versus_random: Estimate | None  # at the same budget; None for none, random and adaptive ones
     tokens_kept: float  # mean over samples and layers
     tokens_total: float
     kept_per_layer: tuple[float, ...]  # mean over samples; one number where all layers keep the same
@@ -34,6 +34,7 @@ class Row:
     scores: tuple[float, ...]  # of each sample
     groups: dict[str, float] = field(default_factory=dict)  # mean score by group, e.g. depth of the needle
     kept_tokens: tuple[int, ...] = ()  # of the first sample, where tokens are those of an image
+    adaptive: bool = False  # the method finds its own number of tokens, or bits
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _rendered(table: Table) -> Any:
     for row in table.rows:
         cells = [
             row.method,
-            f"{row.budget:g}",
+            "own" if row.adaptive else f"{row.budget:g}",
             _interval(row.score),
             _interval(row.versus_none if row.method != "none" else None, "+"),
         ]

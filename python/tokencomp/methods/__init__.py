@@ -2,24 +2,32 @@
 
 ``tokencomp.methods.get("divprune").cls(keep=0.1).select(x)``; ``all_methods()`` lists what there is. Methods
 that work between attention and MLP of an encoder's layers follow ``LayerMethod``, those on the KV cache of a
-language model ``KVMethod``, those on visual tokens between encoder and language model ``VisualMethod``.
+language model ``KVMethod``, those on visual tokens between encoder and language model ``VisualMethod``, and
+those between the layers of that language model ``DecoderMethod``.
 """
 
 from tokencomp.methods.a2sf import A2SF
 from tokencomp.methods.adakv import AdaKV
+from tokencomp.methods.aim import AIM
+from tokencomp.methods.aim_merge import AIMMerge
 from tokencomp.methods.algm import ALGM
 from tokencomp.methods.atp import ATP
 from tokencomp.methods.base import Knob, Method, all_methods, get, register
 from tokencomp.methods.cam import CaM
 from tokencomp.methods.cdpruner import CDPruner
+from tokencomp.methods.core_matching import CoreMatching
 from tokencomp.methods.critic import CRITIC
 from tokencomp.methods.d2o import D2O
+from tokencomp.methods.decoder import DecoderKeep, DecoderMethod, DecoderView
 from tokencomp.methods.diffrate import DiffRate
 from tokencomp.methods.divprune import DivPrune
 from tokencomp.methods.duo_attention import DuoAttention
 from tokencomp.methods.ems import EMS
+from tokencomp.methods.encoder import EncoderMethod, EncoderView
 from tokencomp.methods.fastervlm import FasterVLM
+from tokencomp.methods.fastv import FastV
 from tokencomp.methods.flexprefill import FlexPrefill
+from tokencomp.methods.flowcut import FlowCut
 from tokencomp.methods.fopru import FoPru
 from tokencomp.methods.globalcom2 import GlobalCom2
 from tokencomp.methods.gtp import GTP
@@ -43,10 +51,13 @@ from tokencomp.methods.mikv import MiKV
 from tokencomp.methods.minference import MInference
 from tokencomp.methods.moba import MoBA
 from tokencomp.methods.mtr import MTR
+from tokencomp.methods.must_drop import MustDrop
 from tokencomp.methods.paged_eviction import PagedEviction
 from tokencomp.methods.pitome import PiToMe
 from tokencomp.methods.prefixkv import PrefixKV
+from tokencomp.methods.probe import Probe, relevance_rollout
 from tokencomp.methods.prumerge import PruMerge
+from tokencomp.methods.pyramid_drop import PyramidDrop
 from tokencomp.methods.pyramidkv import PyramidKV
 from tokencomp.methods.qaq import QAQ
 from tokencomp.methods.qserve import QServe
@@ -60,6 +71,7 @@ from tokencomp.methods.scope import Scope
 from tokencomp.methods.slime import SliME
 from tokencomp.methods.snapkv import SnapKV
 from tokencomp.methods.sparse import SlotLists, Sparse, SparseMethod, SparseView, Subset
+from tokencomp.methods.sparse_vlm import SparseVLM
 from tokencomp.methods.spec_kv import SpecKV
 from tokencomp.methods.spec_pc import SpecPC
 from tokencomp.methods.streaming_llm import StreamingLLM
@@ -70,12 +82,14 @@ from tokencomp.methods.tcc import TCC
 from tokencomp.methods.tidal_decode import TidalDecode
 from tokencomp.methods.tiered import Tiered
 from tokencomp.methods.todre import ToDRE
+from tokencomp.methods.todre_stage2 import ToDREStage2
 from tokencomp.methods.tofu import ToFu
 from tokencomp.methods.token_select import TokenSelect
 from tokencomp.methods.tome import ToMe
 from tokencomp.methods.tomesd import ToMeSD
 from tokencomp.methods.topvim import ToPViM
 from tokencomp.methods.tova import TOVA
+from tokencomp.methods.trans_prune import TransPrune
 from tokencomp.methods.twilight import Twilight
 from tokencomp.methods.uniform import Uniform
 from tokencomp.methods.vidtldr import VidTLDR
@@ -83,6 +97,7 @@ from tokencomp.methods.visionzip import VisionZip
 from tokencomp.methods.vispruner import VisPruner
 from tokencomp.methods.visual import VisualKeep, VisualMethod, VisualView
 from tokencomp.methods.vscan import VScan
+from tokencomp.methods.vscan_stage2 import VScanStage2
 from tokencomp.methods.vtc_cls import VTCCLS
 from tokencomp.methods.xattention import XAttention
 from tokencomp.methods.zerotprune import ZeroTPrune
@@ -93,6 +108,7 @@ from tokencomp.methods.zoo_prune import ZOOPrune
 
 __all__ = [
     "A2SF",
+    "AIM",
     "ALGM",
     "ATP",
     "CRITIC",
@@ -108,16 +124,25 @@ __all__ = [
     "TCC",
     "TOVA",
     "VTCCLS",
+    "AIMMerge",
     "AdaKV",
     "CDPruner",
     "CaM",
     "ChannelMaps",
+    "CoreMatching",
+    "DecoderKeep",
+    "DecoderMethod",
+    "DecoderView",
     "DiffRate",
     "DivPrune",
     "DuoAttention",
+    "EncoderMethod",
+    "EncoderView",
     "FarMass",
+    "FastV",
     "FasterVLM",
     "FlexPrefill",
+    "FlowCut",
     "FoPru",
     "GlobalCom2",
     "HiPrune",
@@ -142,11 +167,14 @@ __all__ = [
     "Method",
     "MiKV",
     "MoBA",
+    "MustDrop",
     "PageSpec",
     "PagedEviction",
     "PiToMe",
     "PrefixKV",
+    "Probe",
     "PruMerge",
+    "PyramidDrop",
     "PyramidKV",
     "QServe",
     "Quest",
@@ -163,6 +191,7 @@ __all__ = [
     "SnapKV",
     "Sparse",
     "SparseMethod",
+    "SparseVLM",
     "SparseView",
     "SpecKV",
     "SpecPC",
@@ -174,14 +203,17 @@ __all__ = [
     "TidalDecode",
     "Tiered",
     "ToDRE",
+    "ToDREStage2",
     "ToFu",
     "ToMe",
     "ToMeSD",
     "ToPViM",
     "TokenSelect",
+    "TransPrune",
     "Twilight",
     "Uniform",
     "VScan",
+    "VScanStage2",
     "VidTLDR",
     "VisPruner",
     "VisionZip",
@@ -197,4 +229,5 @@ __all__ = [
     "all_methods",
     "get",
     "register",
+    "relevance_rollout",
 ]

@@ -50,7 +50,7 @@ class ATP:
 
 def grid_mask(grid: tuple[int, int], rate: float, device: torch.device) -> Tensor:
     """``[1, N]`` bool: the tokens of an even grid that is ``rate`` of all."""
-    stride = max(1, round(1 / math.sqrt(rate)))
+    stride = max(1, min(round(1 / math.sqrt(rate)), max(grid)))
     row = torch.arange(grid[0], device=device) % stride == 0
     column = torch.arange(grid[1], device=device) % stride == 0
     return (row[:, None] & column).view(1, -1)

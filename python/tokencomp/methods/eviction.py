@@ -169,11 +169,11 @@ class Eviction(Evicting):
     def __post_init__(self) -> None:
         name = type(self).__name__
         require(self.every >= 0, name, "every", ">= 0", self.every)
-        head, tail = self.protected(0)
-        require(min(head, tail) >= 0, name, "sinks and recent", ">= 0", (head, tail))
         recent = getattr(self, "recent", 0)
         share = not isinstance(recent, float) or 0 <= recent <= 1
         require(share, name, "recent", "a count or a share in [0, 1]", recent)
+        head, tail = self.protected(0)
+        require(min(head, tail) >= 0, name, "sinks and recent", ">= 0", (head, tail))
         kv.check_budget(name, self.budget, max(1, head + tail))
 
 

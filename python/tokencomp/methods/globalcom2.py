@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokencomp import ops
 from tokencomp.methods import base
 from tokencomp.methods.visual import VisualKeep, VisualView, at_layer, best
 
@@ -80,7 +81,8 @@ def tile_shares(
     row = (torch.arange(overview.shape[0], device=overview.device) // high).clamp(max=rows - 1)
     column = (torch.arange(overview.shape[1], device=overview.device) // wide).clamp(max=columns - 1)
     cell = (row[:, None] * columns + column).flatten()
-    total = overview.new_zeros(rows * columns).scatter_add(0, cell, overview.flatten())
+    mass, _ = ops.merge_tokens(overview.reshape(1, -1, 1), cell[None], rows * columns, mode="sum")
+    total = mass.flatten()
     sigma = ((total - total.max()) / temperature).softmax(0)
     share: list[float] = (keep * (1 + sigma - sigma.mean())).clamp(max=1.0).tolist()
     return share

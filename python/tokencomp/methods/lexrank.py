@@ -38,8 +38,7 @@ class LexRank:
             raise ValueError(f"LexRank: kernel must be one of {KERNELS}, got {self.kernel!r}")
         if not 0.0 <= self.damping <= 1.0:
             raise ValueError(f"LexRank: damping must be in [0, 1], got {self.damping!r}")
-        if self.iterations < 0:
-            raise ValueError(f"LexRank: iterations must not be negative, got {self.iterations!r}")
+        base.check_iterations("LexRank", self.iterations)
 
     def score(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """``[B, N]`` float32 centrality of the tokens ``x`` ``[B, N, C]``, sums to 1; norms do not matter.

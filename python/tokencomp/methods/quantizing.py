@@ -171,14 +171,19 @@ class Quantizing(Evicting):
 
     # --- bytes
 
-    def placed(self, tokens: int, page: int) -> tuple[int, ...]:
-        """How many of ``tokens`` held are in each tier after a prompt, in whole pages."""
+    def placed(self, tokens: int, page: int, layer: int, layers: int) -> dict[PageSpec, int]:
+        """How many of ``tokens`` held are in each tier of a layer after a prompt, in whole pages."""
         left = max(0, tokens - sum(self.protected(tokens)))
-        counts = []
-        for wanted in reversed(self.split(tokens)):
-            counts.append(min(wanted, left) // page * page)
-            left -= counts[-1]
-        return tuple(reversed(counts))
+        wanted: dict[PageSpec, int] = {}
+        for tier, count in zip(
+            reversed(self.layer_specs(layer, layers)), reversed(self.split(tokens)), strict=True
+        ):
+            wanted[tier] = wanted.get(tier, 0) + count
+        counts = {}
+        for tier, count in wanted.items():
+            counts[tier] = min(count, left) // page * page
+            left -= counts[tier]
+        return counts
 
     def stored_bytes(
         self,
@@ -196,12 +201,13 @@ class Quantizing(Evicting):
         Quantized pages with their parameters, and whole pages of ``element_bytes`` an element for the rest
         and ``spare`` tokens more.
         """
-        counts = self.placed(tokens, page)
-        rest = -(-(tokens - sum(counts) + spare) // page) * page * 2 * head_dim * element_bytes
-        total = rest * layers
+        total = 0
         for layer in range(layers):
-            for count, tier in zip(counts, self.layer_specs(layer, layers), strict=True):
+            counts = self.placed(tokens, page, layer, layers)
+            for tier, count in counts.items():
                 total += count // page * page_format(tier, page, head_dim).page_bytes
+            exact = tokens - sum(counts.values()) + spare
+            total += -(-exact // page) * page * 2 * head_dim * element_bytes
         return total * rows
 
     # --- parts
@@ -238,11 +244,12 @@ class Quantizing(Evicting):
         )
         pages = worth.unflatten(-1, (-1, page)).mean(-1)
         pages = torch.where(quantized[..., ::page], pages, torch.inf)
-        blocks, filled = torch.zeros_like(pages), torch.zeros_like(pages)
-        block = torch.where(free, rank // page, 0)
-        blocks.scatter_add_(2, block, torch.where(free, worth, 0.0))
-        filled.scatter_add_(2, block, free.float())
-        blocks = torch.where(filled == page, blocks / page, torch.inf)
+        spare = free.sum(-1, keepdim=True)
+        place = torch.where(free, rank, worth.shape[-1])  # no two free ones share a rank
+        blocks = worth.new_zeros(*worth.shape[:2], worth.shape[-1] + 1).scatter_(2, place, worth)
+        blocks = blocks[..., :-1].unflatten(-1, (-1, page)).mean(-1)
+        number = torch.arange(blocks.shape[-1], device=blocks.device)
+        blocks = torch.where((number + 1) * page <= spare, blocks, torch.inf)
         order = torch.cat([blocks, pages], -1).argsort(dim=-1, stable=True)
         number = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         place = torch.empty_like(order).scatter_(2, order, number)
@@ -262,10 +269,16 @@ def page_spec(
     k_group: int = -1,
     v_group: int = -1,
 ) -> PageSpec:
-    """Integer pages of 2, 3, 4 or 8 bits; ``v_bits`` None: as keys. Raises ValueError for other bits."""
+    """Integer pages of 2, 3, 4 or 8 bits; ``v_bits`` None: as keys.
+
+    Raises:
+        ValueError: other bits, or a group that is neither -1 nor positive.
+    """
     v_bits = k_bits if v_bits is None else v_bits
     for name, bits in (("k_bits", k_bits), ("v_bits", v_bits)):
         require(bits in BITS, "page_spec", name, f"one of {list(BITS)}", repr(bits))
+    for name, group in (("k_group", k_group), ("v_group", v_group)):
+        require(group == -1 or group >= 1, "page_spec", name, "-1 or >= 1", repr(group))
     return PageSpec(BITS[k_bits], BITS[v_bits], k_axis, v_axis, k_group, v_group)
 
 

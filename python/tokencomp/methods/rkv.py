@@ -8,7 +8,7 @@ from tokencomp import recipes
 from tokencomp.methods import base, eviction, kv_attention
 from tokencomp.methods.kv import KVView
 from tokencomp.methods.snapkv import Windowed
-from tokencomp.recipes.common import require
+from tokencomp.recipes.common import check_kernel, require
 
 
 @base.register("rkv", paper="2505.24133", stage="kv")
@@ -31,7 +31,7 @@ class RKV(Windowed):
     def __post_init__(self) -> None:
         require(0 <= self.trade_off <= 1, "RKV", "trade_off", "in [0, 1]", self.trade_off)
         require(0 <= self.threshold < 1, "RKV", "threshold", "in [0, 1)", self.threshold)
-        require(self.kernel >= 1, "RKV", "kernel", ">= 1", self.kernel)
+        check_kernel("RKV", self.kernel)
         super().__post_init__()
 
     @property

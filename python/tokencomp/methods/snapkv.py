@@ -7,7 +7,7 @@ from torch import Tensor
 from tokencomp import recipes
 from tokencomp.methods import base, eviction, kv_attention
 from tokencomp.methods.kv import KVView
-from tokencomp.recipes.common import Pool, require
+from tokencomp.recipes.common import Pool, check_kernel, require
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SnapKV(Windowed):
     sinks: int = field(default=0, metadata={"help": eviction.SINKS_HELP})
 
     def __post_init__(self) -> None:
-        require(self.kernel >= 1, "SnapKV", "kernel", ">= 1", self.kernel)
+        check_kernel("SnapKV", self.kernel)
         require(self.pool in ("avg", "max"), "SnapKV", "pool", "'avg' or 'max'", repr(self.pool))
         super().__post_init__()
 

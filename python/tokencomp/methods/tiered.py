@@ -16,6 +16,16 @@ EXACT, EVICT = 16, "evict"
 TIERS: Tiers = ((EXACT, 0.05), (4, 0.35), (2, 0.4), (EVICT, 0.2))
 
 
+def _shares(tiers: Any) -> dict[Any, float]:
+    try:
+        shares = dict(tiers)
+    except (TypeError, ValueError):
+        shares = {}
+    numbers = all(isinstance(share, int | float) for share in shares.values())
+    require(bool(shares) and numbers, "Tiered", "tiers", "shares by bits", repr(tiers))
+    return shares
+
+
 @base.register("tiered", paper="", stage="kv-quant")
 @dataclass(frozen=True)
 class Tiered(quantizing.Quantizing):
@@ -41,7 +51,7 @@ class Tiered(quantizing.Quantizing):
     group: int = field(default=-1, metadata={"help": "elements of a grid; -1: the page, or the head"})
 
     def __post_init__(self) -> None:
-        given = dict(self.tiers)
+        given = _shares(self.tiers)
         known = (EXACT, *sorted(quantizing.BITS, reverse=True), EVICT)
         shares = all(key in known and 0 <= share <= 1 for key, share in given.items())
         require(shares, "Tiered", "tiers", f"shares in [0, 1] by {list(known)}", given)

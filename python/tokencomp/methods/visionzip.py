@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokencomp import ragged
+from tokencomp import ops, ragged
 from tokencomp.methods import base
 from tokencomp.methods.visual import VisualKeep, VisualView, at_layer, best, of_mask, unit
 
@@ -62,11 +62,7 @@ class VisionZip:
         member = ~dominant & ~target
         cosine = unit(key) @ unit(key).mT
         nearest = cosine.masked_fill(~target[:, None], -2.0).argmax(2)
-        nearest = torch.where(member, nearest, x.shape[1])
-        total = x.new_zeros(x.shape[0], x.shape[1] + 1, x.shape[2], dtype=torch.float32)
-        total = total.scatter_add(1, nearest[..., None].expand(-1, -1, x.shape[2]), x.float())[:, :-1]
-        number = torch.zeros(x.shape[0], x.shape[1] + 1, device=x.device)
-        number = number.scatter_add(1, nearest, torch.ones_like(nearest, dtype=number.dtype))[:, :-1]
-        y = (x.float() + total / number.clamp(min=1)[..., None]).to(x.dtype)
+        mean, _ = ops.merge_tokens(x.float(), torch.where(member, nearest, -1), x.shape[1])
+        y = (x.float() + mean).to(x.dtype)
         index = of_mask(dominant | target)
         return VisualKeep(index, ragged.gather_rows(y, index))

@@ -54,6 +54,9 @@ class Encoder(Protocol):
     def project(self, features: Tensor) -> Tensor:
         """The projector, on ``[..., Cv]``."""
 
+    def survivors(self) -> Tensor:
+        """``[M, K]`` int32, ascending, then -1: the tokens that an ``EncoderMethod`` left."""
+
 
 @dataclass
 class VisualView:
@@ -109,6 +112,7 @@ class VisualKeep:
 
     index: Tensor  # [M, K] int32, ascending, then -1
     x: Tensor | None = None  # [M, K, C] what they have become; None: what they were
+    key: Tensor | None = None  # [M, K] bool, those that a method between decoder layers is told of
 
 
 @runtime_checkable
@@ -161,13 +165,8 @@ def merged_into(x: Tensor, index: Tensor, target: Tensor, member: Tensor) -> Ten
     """``[M, K, C]``: each kept token ``index`` ``[M, K]`` of ``x`` ``[M, N, C]`` as the mean of itself and
     the tokens ``member`` ``[M, N]`` bool whose ``target`` ``[M, N]`` is its rank in ``index``.
     """
-    own = ragged.gather_rows(x.float(), index)
-    rank = torch.where(member, target, index.shape[1]).long()
-    wide = rank[..., None].expand(-1, -1, x.shape[2])
-    total = torch.cat([own, own.new_zeros(own.shape[0], 1, own.shape[2])], 1).scatter_add(1, wide, x.float())
-    count = torch.ones(*index.shape[:1], index.shape[1] + 1, device=x.device)
-    count = count.scatter_add(1, rank, torch.ones_like(rank, dtype=count.dtype))
-    return (total / count[..., None])[:, :-1].to(x.dtype)
+    token_map = torch.where(member, target.int(), ragged.position_map(index, x.shape[1]))
+    return ops.merge_tokens(x, token_map, index.shape[1])[0]
 
 
 class TopScore:

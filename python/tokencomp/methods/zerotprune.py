@@ -54,6 +54,9 @@ class ZeroTPrune(pruning.Dropping):
             raise ValueError(f"ZeroTPrune: init must be cls or uniform, got {self.init!r}")
         if not 0.0 <= self.damping <= 1.0:
             raise ValueError(f"ZeroTPrune: damping must be in [0, 1], got {self.damping!r}")
+        listed = self.iterations if isinstance(self.iterations, Sequence) else (self.iterations or 0,)
+        for iterations in listed:
+            base.check_iterations("ZeroTPrune", iterations)
 
     def reduce(self, view: LayerView) -> Reduced | None:
         """Drops the layer's share of image tokens; see ``LayerMethod``."""

@@ -56,7 +56,7 @@ class Sample:
     tokens: int  # that a compressor may drop
     answer: Tensor  # labels, or the tokens to generate
     after: Tensor | None = None  # [1, T] tokens that are fed after the prompt
-    group: float | None = None  # for tables by group: the needle's depth
+    group: float | str | None = None  # for tables by group: the needle's depth, the kind of question
     grid: tuple[int, int] | None = None  # rows and columns of image tokens in ``pixel_values``
 
 
@@ -268,19 +268,27 @@ class Classify(Task):
 class Ask(Task):
     """One kind of question about a canvas of digits, answered with one token and the end."""
 
-    kind: str = "cell"
+    group_label: ClassVar[str] = "kind of question"
+    kind: str = "cell"  # or "all": the kinds take turns
 
     def samples(self, count: int, seed: int) -> list[Sample]:
         """Canvases and questions of ``digits.vlm_batch``."""
+        if self.kind == "all":
+            each = [self._of_kind(kind, -(-count // len(digits.KINDS)), seed) for kind in digits.KINDS]
+            return [sample for turn in zip(*each, strict=True) for sample in turn][:count]
+        return self._of_kind(self.kind, count, seed)
+
+    def _of_kind(self, kind: str, count: int, seed: int) -> list[Sample]:
         generator, made = Generator().manual_seed(seed), list[Sample]()
         side = round(digits.IMAGE_TOKENS**0.5)
         while len(made) < count:
-            batch = digits.vlm_batch(self.kind, DRAWN, generator)
+            batch = digits.vlm_batch(kind, DRAWN, generator)
             for i in range(DRAWN):
                 row = slice(i, i + 1)
                 prompt = {"input_ids": batch.prompts[row], "pixel_values": batch.pixels[row]}
                 answer = torch.stack([batch.answers[i], torch.tensor(digits.TOKEN["<eos>"])])
-                made.append(Sample(prompt, digits.IMAGE_TOKENS, answer, grid=(side, side)))
+                group = kind if self.kind == "all" else None
+                made.append(Sample(prompt, digits.IMAGE_TOKENS, answer, group=group, grid=(side, side)))
         return made[:count]
 
     def score(self, model: Any, sample: Sample, meter: Meter) -> Tensor:
@@ -317,4 +325,5 @@ def tasks_of(model: str, card: Mapping[str, Any]) -> dict[str, Task]:
         made = [Classify("digits", 128, **same("digit"))]
     elif model == "digits-vlm":
         made = [Ask(kind, 32, kind=kind, **same(kind)) for kind in digits.KINDS]
+        made.append(Ask("all", 128, kind="all", usual=False, **same("all")))
     return {task.name: task for task in made}
