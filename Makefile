@@ -7,7 +7,7 @@ JOBS ?= 2
 export MAX_JOBS := $(JOBS)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format bench build test-libraries gpu-check clean
+.PHONY: demo test lint format bench build wheel compat test-libraries gpu-check clean
 .DEFAULT_GOAL := demo
 
 demo: build
@@ -29,6 +29,19 @@ format: $(VENV)/installed
 
 bench: build
 	$(BIN)/python bench/run.py
+
+# A wheel of this Python and machine in dist/, with the CUDA library where nvcc is (TOKENCOMP_CUDA=0: without), then a
+# check of it, installed alone into an empty folder.
+wheel: build
+	rm -rf build/lib.* build/bdist* dist
+	$(BIN)/python setup.py -q bdist_wheel
+	$(BIN)/python tests/wheel_check.py $(BIN)/python dist/*.whl
+
+# The tests that depend on versions, under several: make compat PYTHONS="old/bin/python new/bin/python", interpreters with
+# pytest, and torch or transformers of another version. See docs/development.md.
+compat:
+	@test -n "$(PYTHONS)" || { echo 'compat: say which: make compat PYTHONS="old/bin/python new/bin/python"'; exit 2; }
+	python3 tests/compat.py $(PYTHONS)
 
 # ---- environment and build -----------------------------------------------------------------------------------------
 

@@ -5,8 +5,10 @@ TORCH_CUDA_ARCH_LIST, MAX_JOBS.
 """
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,8 +25,7 @@ def tool(name: str) -> str:
 
 class CMakeBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
     def run(self) -> None:
-        package = ROOT / "python/tokencomp" if self.inplace else Path(self.build_lib).resolve() / "tokencomp"
-        folder = ROOT / "build" / ("cmake" if self.inplace else "cmake-wheel")
+        package, folder = ROOT / "python/tokencomp", ROOT / "build/cmake"
         options = {
             "TOKENCOMP_PYTHON": sys.executable,
             "Python_EXECUTABLE": sys.executable,
@@ -45,6 +46,15 @@ class CMakeBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
             (package / "lib/libtokencomp_cuda.so").unlink(missing_ok=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
         subprocess.run([tool("cmake"), "--build", str(folder), "--target", "package", "-j", jobs], check=True)
+        if not self.inplace:  # a wheel holds what was built in place, so that nothing is compiled twice
+            self.copy_into(Path(self.build_lib).resolve() / "tokencomp", package)
+
+    def copy_into(self, target: Path, package: Path) -> None:
+        """The libraries, and the host module of this Python alone."""
+        shutil.rmtree(target / "lib", ignore_errors=True)
+        shutil.copytree(package / "lib", target / "lib")
+        name = f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+        shutil.copy2(package / name, target / name)
 
 
 setup(ext_modules=[Extension("tokencomp._host", sources=[])], cmdclass={"build_ext": CMakeBuild})

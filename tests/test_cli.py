@@ -1,5 +1,6 @@
 """The command line, run as users run it."""
 
+import json
 import os
 import re
 import subprocess
@@ -50,6 +51,20 @@ def test_demo_prints_tables_and_draws_pictures(tmp_path: Path) -> None:
     assert len(re.findall(r"x faster than the PyTorch loop", done.stdout)) == 2
 
 
+@pytest.mark.slow
+def test_demo_as_json(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    pytest.importorskip("sklearn")
+    done = run("demo", "--json", "--keep", "0.05", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [photo["picture"] for photo in said["photos"]] == ["out/demo_china.png", "out/demo_flower.png"]
+    for photo in said["photos"]:
+        assert photo["kept"] == round(0.05 * photo["tokens"])
+        assert len(photo["quality"]["random"]) == 20
+    assert {table["model"] for table in said["models"]} == {"recall-lm", "digits-vit", "digits-vlm"}
+
+
 @pytest.mark.parametrize("missing", ["sklearn.datasets", "PIL"])
 def test_demo_says_what_it_needs(tmp_path: Path, missing: str) -> None:
     done = run("demo", folder=tmp_path, blocked=missing)
@@ -76,6 +91,31 @@ def test_info_names_back_ends_and_reasons(capsys: pytest.CaptureFixture[str]) ->
     )
 
 
+def test_info_as_json_lists_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["torch"] == torch.__version__
+    schemas = {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("tokencomp::")
+    }
+    assert set(said["operators"]) == {name.split(".")[0] for name in schemas}
+    assert all("cpu" in back_ends for back_ends in said["operators"].values())
+    assert said["back_ends"]["cuda"]["loaded"] == all("cuda" in b for b in said["operators"].values())
+
+
+def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "--json"]) == 0
+    said = {method["name"]: method for method in json.loads(capsys.readouterr().out)}
+    assert list(said) == [method.name for method in methods.all_methods()]
+    knobs = {knob["name"]: knob for knob in said["snapkv"]["knobs"]}
+    assert knobs["window"] == {
+        "name": "window", "required": False, "default": 32,
+        "help": "last queries that score; their tokens always stay",
+    }  # fmt: skip
+
+
 def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods"]) == 0
     said = capsys.readouterr().out
@@ -83,6 +123,22 @@ def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
         source = f"arXiv {entry.paper}" if entry.paper else "baseline"
         assert f"{entry.name}  ({entry.cls.__name__}, {source})" in said
         assert all(knob.help in said for knob in entry.knobs)
+
+
+def test_operators_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["operators", "--json"]) == 0
+    said = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert sorted(said) == sorted(ops.__all__)
+    assert said["topk_select"]["family"] == "topk"
+    assert said["topk_select"]["schema"].startswith("tokencomp::topk_select(Tensor score, ")
+
+
+def test_a_reader_may_go(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+    command = f"{sys.executable} -m tokencomp methods | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
 
 
 def test_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

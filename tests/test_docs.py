@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokencomp import methods_table
+from tokencomp import methods_table, operators_reference, ops
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,3 +51,12 @@ def test_links_lead_somewhere() -> None:
 def test_the_table_of_methods_is_that_of_the_registry() -> None:
     """``python -m tokencomp methods --markdown > docs/methods.md`` after a change."""
     assert (ROOT / "docs" / "methods.md").read_text() == methods_table.markdown()
+
+
+def test_the_reference_of_operators_is_that_of_the_docstrings() -> None:
+    """``python -m tokencomp operators --markdown docs/operators`` after a change."""
+    pages = operators_reference.pages()
+    assert {page.stem for page in (ROOT / "docs" / "operators").glob("*.md")} == set(pages)
+    for family, page in pages.items():
+        assert (ROOT / "docs" / "operators" / f"{family}.md").read_text() == page
+    assert sorted(re.findall(r"^## (\w+)$", "".join(pages.values()), re.M)) == sorted(ops.__all__)

@@ -1,16 +1,14 @@
-"""The command line: ``python -m tokencomp demo | eval | info | methods | bench``."""
+"""The command line: ``python -m tokencomp demo | eval | plan | methods | operators | info | bench``."""
 
 import argparse
-import os
-import platform
+import dataclasses
+import json
 import runpy
 import sys
 from pathlib import Path
 
-import torch
-
 import tokencomp
-from tokencomp import _load, methods, methods_table
+from tokencomp import installation, methods, methods_table, operators_reference, planning
 from tokencomp.eval import command
 
 
@@ -22,31 +20,45 @@ def main(arguments: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="select tokens of two photographs and of the models that ship")
     demo.add_argument("--keep", type=float, default=0.1, help="share of tokens kept (default 0.1)")
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default out/)")
-    commands.add_parser(
-        "info", help="versions, back ends and why one is missing, instruction sets, threads, GPU"
+    demo.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    info = commands.add_parser(
+        "info", help="versions, back ends and why one is missing, operators, instruction sets, threads, GPU"
     )
+    info.add_argument("--json", action="store_true", help="print JSON")
     known = commands.add_parser("methods", help="the compression methods and their knobs")
-    known.add_argument("--markdown", action="store_true", help="as tables, without knobs")
+    form = known.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="as tables, without knobs")
+    form.add_argument("--json", action="store_true", help="print JSON")
+    operators = commands.add_parser("operators", help="the operators, their schemas and back ends")
+    form = operators.add_mutually_exclusive_group()
+    form.add_argument("--markdown", type=Path, metavar="FOLDER", help="write the reference, a page a family")
+    form.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser(
         "bench", help="run the benches of the source checkout (options: bench --help)", add_help=False
     )
     evaluation = commands.add_parser("eval", help="quality, bytes and times of a compressed model that ships")
     command.add_arguments(evaluation)
+    plan = commands.add_parser("plan", help="what fits: bytes of weights and KV caches, and the call to make")
+    planning.command.add_arguments(plan)
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "demo":
-        return _demo(args.keep, args.out)
+        return _demo(args.keep, args.out, args.json)
     if args.command == "eval":
         return command.run(args)
+    if args.command == "plan":
+        return planning.command.run(args)
     if args.command == "info":
-        return _info()
+        return _info(args.json)
     if args.command == "methods":
-        return _methods(args.markdown)
+        return _methods(args.markdown, args.json)
+    if args.command == "operators":
+        return _operators(args.markdown, args.json)
     return _bench(rest)
 
 
-def _demo(keep: float, out: Path) -> int:
+def _demo(keep: float, out: Path, as_json: bool) -> int:
     if not 0.0 < keep <= 1.0:
         print(f"demo: --keep must be in (0, 1], got {keep}", file=sys.stderr)
         return 2
@@ -57,31 +69,27 @@ def _demo(keep: float, out: Path) -> int:
             f"demo: needs scikit-learn and pillow ({error}): pip install 'tokencomp[demo]'", file=sys.stderr
         )
         return 1
-    return run(keep, out)
+    return run(keep, out, as_json)
 
 
-def _info() -> int:
-    lines = {
-        "tokencomp": tokencomp.__version__,
-        "python": platform.python_version(),
-        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
-    }
-    for library in _load.libraries().values():
-        lines[f"{library.name} back end"] = "loaded" if library.loaded else f"not loaded: {library.reason}"
-    features = tokencomp.cpu_features()
-    lines["instruction set"] = f"{features['active']} (available: {', '.join(features['available'])})"
-    lines["threads"] = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
-    lines["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    lines |= {f"build: {key}": str(value) or "none" for key, value in sorted(tokencomp.build_info().items())}
+def _info(as_json: bool) -> int:
+    found = installation.describe()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return 0
+    lines = installation.lines(found)
     width = max(map(len, lines))
     for key, value in lines.items():
         print(f"{key:{width}}  {value}")
     return 0
 
 
-def _methods(markdown: bool) -> int:
+def _methods(markdown: bool, as_json: bool) -> int:
     if markdown:
         print(methods_table.markdown(), end="")
+        return 0
+    if as_json:
+        print(json.dumps(methods_table.as_json(), indent=1))
         return 0
     for method in methods.all_methods():
         source = f"arXiv {method.paper}" if method.paper else "baseline"
@@ -89,8 +97,24 @@ def _methods(markdown: bool) -> int:
         print(f"    {method.summary}")
         print(f"    acts on: {method.stage}")
         for knob in method.knobs:
-            print(f"    {knob.name} = {knob.default!r}: {knob.help}")
+            default = " (required)" if knob.default is dataclasses.MISSING else f" = {knob.default!r}"
+            print(f"    {knob.name}{default}: {knob.help}")
         print()
+    return 0
+
+
+def _operators(folder: Path | None, as_json: bool) -> int:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for family, page in operators_reference.pages().items():
+            (folder / f"{family}.md").write_text(page)
+            print(f"wrote {folder / family}.md", file=sys.stderr)
+    elif as_json:
+        print(json.dumps(operators_reference.as_json(), indent=1))
+    else:
+        for entry in operators_reference.as_json():
+            on = ", ".join(entry["back_ends"])
+            print(f"{entry['name']}  ({entry['family']}; {on})\n    {entry['summary']}")
     return 0
 
 

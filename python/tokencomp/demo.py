@@ -9,12 +9,13 @@ image rebuilt by putting in every place the kept patch most like it, and outline
 represented worst: the radius.
 """
 
+import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -112,45 +113,72 @@ def median_ms(*calls: Callable[[], object]) -> list[float]:
     return [statistics.median(own[1:]) for own in times]
 
 
-def run(keep: float, out: Path) -> int:
-    """Print one table per photograph and write one picture each into ``out``."""
+@dataclass(frozen=True)
+class Shown:
+    """What is said of one photograph."""
+
+    name: str
+    tokens: int
+    kept: int
+    channels: int
+    quality: dict[str, list[Quality]]  # by selection: of each draw
+    ms: float  # of the selection by k-center
+    loop_ms: float  # of the same as a loop in PyTorch
+    picture: Path
+
+
+def run(keep: float, out: Path, as_json: bool = False) -> int:
+    """Print one table per photograph, or all as JSON, and write one picture each into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
-    print(f"Tokens: patches of {PATCH} x {PATCH} pixels; {keep:.0%} are kept. Radius: the largest 1 - cos")
-    print(f"of any token to the nearest kept one. Times: median of {REPEATS}, {threads} threads.\n")
+    if not as_json:
+        print(f"Tokens: patches of {PATCH} x {PATCH} pixels; {keep:.0%} are kept. Radius: the largest")
+        print(
+            f"1 - cos of any token to the nearest kept one. Times: median of {REPEATS}, {threads} threads.\n"
+        )
+    shown = []
     for photo in photos():
-        x = photo.tokens()
-        n, k = x.shape[1], max(1, round(keep * x.shape[1]))
-        picks = ops.kcenter_greedy(x, k)[0][0].long()
-        draws = [
-            torch.randperm(n, generator=torch.Generator().manual_seed(i))[:k] for i in range(RANDOM_DRAWS)
-        ]
-        chosen = {"k-center": picks, "random": draws[0], "uniform grid": grid_keep(*photo.grid, k)}
-        measured = {name: [quality(x, kept)] for name, kept in chosen.items()}
-        measured["random"] = [quality(x, kept) for kept in draws]
-        _print_table(photo.name, n, k, x, measured)
-        path = out / f"demo_{photo.name}.png"
-        draw(photo, x, chosen, measured).save(path)
-        print(f"  picture: {path}\n")
+        shown.append(_show(photo, keep, out))
+        if not as_json:
+            _print_table(shown[-1])
+    tables: list[object] = []
     try:
         from tokencomp import demo_models
 
-        demo_models.run()
+        tables = demo_models.run(quiet=as_json)
     except ImportError as error:
         print(f"models that ship: not shown, {error}", file=sys.stderr)
+    if as_json:
+        pictures = [{**asdict(photo), "picture": str(photo.picture)} for photo in shown]
+        print(json.dumps({"keep": keep, "threads": threads, "photos": pictures, "models": tables}, indent=1))
     return 0
 
 
-def _print_table(name: str, n: int, k: int, x: Tensor, measured: dict[str, list[Quality]]) -> None:
+def _show(photo: Photo, keep: float, out: Path) -> Shown:
+    x = photo.tokens()
+    n, k = x.shape[1], max(1, round(keep * x.shape[1]))
+    picks = ops.kcenter_greedy(x, k)[0][0].long()
+    draws = [torch.randperm(n, generator=torch.Generator().manual_seed(i))[:k] for i in range(RANDOM_DRAWS)]
+    chosen = {"k-center": picks, "random": draws[0], "uniform grid": grid_keep(*photo.grid, k)}
+    measured = {name: [quality(x, kept)] for name, kept in chosen.items()}
+    measured["random"] = [quality(x, kept) for kept in draws]
+    path = out / f"demo_{photo.name}.png"
+    draw(photo, x, chosen, measured).save(path)
     ours, loop = median_ms(lambda: ops.kcenter_greedy(x, k), lambda: plain_loop(x, k))
-    times = {"k-center": f"{ours:9.3f} ms   {loop / ours:.1f} x faster than the PyTorch loop ({loop:.2f} ms)"}
-    print(f"{name}: {k} of {n} tokens, {x.shape[2]} channels")
+    return Shown(photo.name, n, k, x.shape[2], measured, ours, loop, path)
+
+
+def _print_table(shown: Shown) -> None:
+    faster = f"{shown.loop_ms / shown.ms:.1f} x faster than the PyTorch loop ({shown.loop_ms:.2f} ms)"
+    times = {"k-center": f"{shown.ms:9.3f} ms   {faster}"}
+    print(f"{shown.name}: {shown.kept} of {shown.tokens} tokens, {shown.channels} channels")
     print(f"  {'selection':24}{'radius':>8}{'mean cosine':>13}{'time':>12}")
-    for selection, results in measured.items():
+    for selection, results in shown.quality.items():
         label = selection if len(results) == 1 else f"{selection} (mean of {len(results)})"
         radius = statistics.fmean(result.radius for result in results)
         similarity = statistics.fmean(result.similarity for result in results)
         print(f"  {label:24}{radius:8.3f}{similarity:13.3f}{times.get(selection, ''):>12}")
+    print(f"  picture: {shown.picture}\n")
 
 
 def draw(

@@ -1,5 +1,7 @@
 """The second half of the demo: what the models that ship answer, and what dropping tokens does to that."""
 
+import json
+
 import torch
 
 from tokencomp import zoo
@@ -17,17 +19,26 @@ SHOWN: tuple[tuple[str, str, tuple[str, ...], tuple[float, ...], int], ...] = (
 )
 
 
-def run() -> None:
-    """Loads each model, prints one real question with the answer, and one table per task."""
-    print("Models that ship, trained, uncompressed and with tokens dropped (python -m tokencomp eval: more).")
-    print("Score: mean over the samples with its 95 % interval; the same samples for all.\n")
+def run(quiet: bool = False) -> list[object]:
+    """Loads each model, prints one real question with the answer, and one table per task.
+
+    ``quiet``: prints nothing. Returns the tables as JSON has them.
+    """
+    if not quiet:
+        print("Models that ship, uncompressed and with tokens dropped; more: python -m tokencomp eval.")
+        print("Score: mean over the samples with its 95 % interval; the same samples for all.\n")
     loaded: dict[str, tuple[object, dict[str, Task]]] = {}
+    tables: list[object] = []
     for name, task, methods, budgets, samples in SHOWN:
         if name not in loaded:
             loaded[name] = zoo.load(name)
         model, tasks = loaded[name]
-        print(f"{name}, {tasks[task].name}: {_example(model, tasks[task])}")
-        _print_table(evaluate(model, tasks[task], methods, budgets, samples=samples, seed=SEED, name=name))
+        table = evaluate(model, tasks[task], methods, budgets, samples=samples, seed=SEED, name=name)
+        tables.append(json.loads(table.to_json()))
+        if not quiet:
+            print(f"{name}, {tasks[task].name}: {_example(model, tasks[task])}")
+            _print_table(table)
+    return tables
 
 
 def _example(model: object, task: Task) -> str:
