@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+import tokencomp
 import torch
 from backends import Backend
 from cases_kvquant import (
@@ -30,6 +31,34 @@ def same(got: Tensor, want: Tensor, what: str) -> None:
     assert got.dtype == want.dtype, what
     assert got.shape == want.shape, what
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+def two_byte_rows(kind: str) -> Tensor:
+    """``[1, 2, 128, 256]`` float32, to be rounded to two bytes: what is awkward to take the range of."""
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 2, 128, 256, generator=g)
+    if kind == "spread":
+        return x * torch.randn(1, 2, 128, 1, generator=g).exp() * 10
+    if kind == "far from zero":
+        return x * 0.01 + 60000
+    if kind == "tiny":
+        return x * 1e-7
+    if kind == "both zeros":
+        return torch.where(x < 0, -0.0, 0.0)
+    x[0, 0, 5, 7], x[0, 1, 9, 100], x[0, 1, 70, 10] = math.nan, math.inf, -math.inf
+    return x
+
+
+@pytest.mark.parametrize("kind", ["spread", "far from zero", "tiny", "both zeros", "not finite"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_elements_of_two_bytes_are_coded_as_their_floats(kind: str, dtype: torch.dtype) -> None:
+    """The CPU takes ranges of two-byte elements as integers; of the same numbers in float32 it does not."""
+    x = two_byte_rows(kind).to(dtype)
+    for bits in (8, 4, 2):
+        for axis, group in (("token", 32), ("token", 128), ("channel", 32), ("channel", 64)):
+            got, want = (tokencomp.ops.kv_quantize(t, bits, axis=axis, group=group) for t in (x, x.float()))
+            same(got[0], want[0], f"codes of {bits} bits by {axis}")
+            same(got[1].view(torch.int16), want[1].view(torch.int16), f"params of {bits} bits by {axis}")
 
 
 @pytest.mark.parametrize("case", QUANT_CASES, **by_name)

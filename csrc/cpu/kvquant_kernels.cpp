@@ -5,6 +5,7 @@
 #include "core/dispatch.h"
 #include "cpu/kvquant_codes.h"
 #include "cpu/kvquant_grid.h"
+#include "cpu/kvquant_halves.h"
 
 namespace tokencomp::cpu::TOKENCOMP_ISA {
 namespace {
@@ -12,6 +13,7 @@ namespace {
 using namespace kvquant;
 
 constexpr int kMaxD = kMaxHeadDim, kBlock = bitpack::kBlock;
+alignas(64) constexpr float kZeros[kMaxD] = {};  // what an empty slot holds
 
 // Codes of y as whole numbers; of fp8 the quotients themselves.
 template <bool kAway, bool kFp8>
@@ -38,6 +40,10 @@ class SheetWriter {
 
   void write(int begin, int end) {
     if (place < 0) return;
+    if constexpr (kHasHalves<T>) {
+      const bool by_token = s.format.axis == Axis::token;
+      if (HalfRows<T>::fits(s)) return by_token ? half_tokens(begin, end) : half_channels(begin, end);
+    }
     if (s.format.axis == Axis::token) return fit_tokens(begin, end);
     int d = 0;
     for (; d + kSlab * kWidth <= D; d += kSlab * kWidth) fit_channels<kSlab>(begin, end, d);
@@ -143,6 +149,42 @@ class SheetWriter {
     for (int i = 0; i < kVecs; ++i) grids.make(s.format, any ? r[i] : Range{zero, zero, zero}, d + i * kWidth);
   }
 
+  // The same for rows that need no memory between the steps.
+  void half_tokens(int begin, int end) {
+    const int per_row = s.groups_per_row(), count = (end - begin) * per_row;
+    const T* rows[kBlock];
+    for (int t = begin; t < end; ++t) {
+      const T* x = row(t);
+      fetch_ahead(t, x);
+      rows[t - begin] = x ? x : reinterpret_cast<const T*>(kZeros);
+    }
+    HalfRows<T>::fit_tokens(s.format, D, count, [&](int t) __attribute__((always_inline)) { return rows[t]; }, grids);
+    grids.write(params(begin), count);
+    for (int t = begin; t < end; ++t) {
+      HalfRows<T>::code_by_groups(s.format, rows[t - begin], D, grids, (t - begin) * per_row, codes(t));
+    }
+  }
+  void half_channels(int begin, int end) {
+    const auto ahead = [&](int t) __attribute__((always_inline)) {
+      const T* x = row(begin + t);
+      fetch_ahead(begin + t, x);
+      return x;
+    };
+    for (int d = 0; d < D; d += 4 * kHalves) {
+      HalfRows<T>::template fit_channels<4>(s.format, end - begin, d, ahead, grids);
+    }
+    grids.write(params(begin / s.format.group), D);
+    for (int t = begin; t < end; ++t) {
+      const T* x = row(t);
+      if (x) {
+        HalfRows<T>::code_by_channels(s.format, x, D, grids, codes(t));
+      } else {
+        __builtin_memset(codes(t), 0, size_t(s.row_bytes()));
+      }
+    }
+  }
+  uint8_t* codes(int t) const { return s.codes_at(place) + int64_t(t) * s.row_bytes(); }
+
   template <bool kAway, bool kFp8>
   TC_INLINE_MEMBER void code_channels(int t) {
     const T* x = row(t);
@@ -158,7 +200,7 @@ class SheetWriter {
     if (s.format.kind == Kind::fp8) {
       for (int d = 0; d < D; ++d) q[d] = float(bitpack::fp8_from_float(q[d]));
     }
-    uint8_t* out = s.codes_at(place) + int64_t(t) * s.row_bytes();
+    uint8_t* out = codes(t);
     if (s.format.layout == Layout::linear) return pack_row(q, bits, D, out);
     for (int d = 0; d < D; d += kWidth) store_bytes(block + t % kBlock * D + d, load(q + d));
     if (t % kBlock == kBlock - 1) pack_block(s.format.layout, bits, D, block, out - (kBlock - 1) * s.row_bytes());
