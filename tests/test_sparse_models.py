@@ -213,7 +213,11 @@ def test_rollback_leaves_no_trace(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["quest", "token-select", "tidal"])
-@pytest.mark.parametrize("how", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True}])
+@pytest.mark.parametrize(
+    "how",
+    [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 2}, {"do_sample": True}],
+    ids=["beams", "lookup", "sampling"],
+)  # prompt lookup of transformers 5.4 fails without an end token
 def test_generate(name: str, how: dict[str, Any]) -> None:
     model, ids = decoder(), prompt(1, 60)
     with tokencomp.compress(model, SPARSE_METHODS[name], page=16) as handle:

@@ -96,6 +96,25 @@ class ViT(Family):
         return layer.dropout(layer.mlp(layer.layernorm_after(x))) + x
 
 
+class NestedViT(ViT):
+    """The same in transformers 5.4: attention in attention, and the MLP's second part adds the residual."""
+
+    name = "vit-nested"
+    attention = "attention.attention"
+
+    def matches(self, layer: nn.Module) -> bool:
+        return super().matches(layer) and is_nested(layer)
+
+    def attend(self, layer: Any, run: Run, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return layer.attention(layer.layernorm_before(x), **kwargs) + x
+
+    def feed(self, layer: Any, x: Tensor) -> Any:
+        return layer.output(layer.intermediate(layer.layernorm_after(x)), x)
+
+    def attention_modules(self, layer: nn.Module) -> list[nn.Module]:
+        return [layer.get_submodule("attention")]
+
+
 class DINOv2(Family):
     """DINOv2 with or without registers: layer scale and stochastic depth."""
 
@@ -112,6 +131,22 @@ class DINOv2(Family):
 
     def feed(self, layer: Any, x: Tensor) -> Any:
         return layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(x)))) + x
+
+
+class NestedDINOv2(DINOv2):
+    """The same in transformers 5.4: attention in attention."""
+
+    name = "dinov2-nested"
+    attention = "attention.attention"
+
+    def matches(self, layer: nn.Module) -> bool:
+        return super().matches(layer) and is_nested(layer)
+
+    def attend(self, layer: Any, run: Run, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return layer.drop_path(layer.layer_scale1(layer.attention(layer.norm1(x)))) + x
+
+    def attention_modules(self, layer: nn.Module) -> list[nn.Module]:
+        return [layer.get_submodule("attention")]
 
 
 class DINOv3(DINOv2):
@@ -226,6 +261,11 @@ class DistilBert(Bert):
         return layer.output_layer_norm(layer.ffn(x) + x)
 
 
+def is_nested(layer: nn.Module) -> bool:
+    """Whether the layer's attention holds another, which gets no mask; ours sees to its key bias."""
+    return hasattr(getattr(layer, "attention", None), "attention")
+
+
 def patch_convolution(root: nn.Module) -> nn.Module | None:
     """The convolution that makes patches of pixels: the only one among the embeddings."""
     embeddings = getattr(root, "embeddings", None) or getattr(root, "patch_embed", None)
@@ -280,5 +320,5 @@ def plain_name(module: nn.Module) -> str:
     return original_class(module).__name__
 
 
-for _family in (DistilBert(), Bert(), CLIP(), DINOv3(), DINOv2(), ViT()):
+for _family in (DistilBert(), Bert(), CLIP(), DINOv3(), DINOv2(), ViT(), NestedDINOv2(), NestedViT()):
     register(_family)

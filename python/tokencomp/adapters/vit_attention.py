@@ -77,6 +77,8 @@ def shown_attention(
     run = module._tokencomp_stack.run
     run.saw(query, key, scaling, value)
     name = implementation(module._tokencomp_config)
+    if run.reduced and attention_mask is None:
+        attention_mask = run.bias  # of layers that hand no mask on
     if run.reduced and attention_mask is not None:
         check_bias(name)
         attention_mask = merged.as_bias(attention_mask, query.dtype)
