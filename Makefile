@@ -7,7 +7,7 @@ JOBS ?= 2
 export MAX_JOBS := $(JOBS)
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format bench build wheel compat test-libraries gpu-check clean
+.PHONY: demo test lint format bench build wheel compat test-libraries sanitize gpu-check clean
 .DEFAULT_GOAL := demo
 
 demo: build
@@ -63,6 +63,10 @@ build: $(VENV)/tokencomp
 
 test-libraries: build
 	$(BIN)/cmake --build build/cmake --target test_libraries -j $(JOBS)
+
+# The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/tokencomp
+	PYTHON=$(BIN)/python JOBS=$(JOBS) bash tests/sanitize_cpu.sh
 
 # ---- on a machine with a GPU ---------------------------------------------------------------------------------------
 # No network and no virtual environment: the Python given by PYTHON= brings PyTorch (CUDA), pybind11, cmake, ninja, pytest.

@@ -294,7 +294,7 @@ def test_moba_rows_choose_their_own_chunk_and_the_best() -> None:
         (methods.XAttention, {"threshold": [[0.5, 0.0]]}, r"XAttention: threshold must be in \(0, 1\], got"),
         (methods.XAttention, {"stride": 48}, "XAttention: stride must be a divisor of block=128, got 48"),
         (methods.ZipVLPrompt, {"tau": -0.1}, r"ZipVLPrompt: tau must be in \[0, 1\], got -0.1"),
-        (methods.ZipVLPrompt, {"recent": 0}, "ZipVLPrompt: recent must be >= 1, got 0"),
+        (methods.ZipVLPrompt, {"recent": 0}, r"ZipVLPrompt: recent must be in \[1, 65536\], got 0"),
         (methods.DuoAttention, {"gates": [[1.0, -0.1]]}, r"DuoAttention: gates must be in \[0, 1\], got"),
         (methods.DuoAttention, {"streaming": 2.0}, r"DuoAttention: streaming must be None or in \[0, 1\]"),
         (methods.MoBA, {"chunk": 100}, "MoBA: chunk must be a multiple of 64, got 100"),

@@ -72,6 +72,7 @@ def sdpa(**options: Any) -> Any:
     ("call", "message"),
     [
         (lambda: sdpa(k=Q.double()), "q, k and v must have one dtype, got torch.float32, torch.float64"),
+        (lambda: sdpa(k=Q[..., :0]), "q and k must agree in B and D, got [2, 4, 3, 8], [2, 4, 3, 0]"),
         (lambda: sdpa(softcap=float("nan")), "softcap must be finite and > 0, got nan"),
         (lambda: sdpa(v=Q.to("meta")), "v must be on the device of q, cpu, got meta"),
         (lambda: sdpa(is_causal=True, key_mask=torch.ones(2, 3, dtype=torch.bool, device="meta")),
@@ -88,6 +89,7 @@ def sdpa(**options: Any) -> Any:
         (lambda: methods.RandomKV(recent=float("nan")), "RandomKV: recent must be a count or a share"),
         (lambda: methods.LexRank(iterations=2**63), "LexRank: iterations must be in [0, 10000], got"),
         (lambda: methods.ZeroTPrune(iterations=[5, -1]), "ZeroTPrune: iterations must be in [0, 10000], got"),
+        (lambda: methods.ZipVLPrompt(random=2**31), "ZipVLPrompt: random must be in [0, 65536], got"),
         (lambda: methods.RandomKV(seed=-(2**63)), "RandomKV: seed must be in [-2^31, 2^31), got"),
     ],
 )  # fmt: skip

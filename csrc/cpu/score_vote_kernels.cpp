@@ -58,9 +58,10 @@ void update(const DecayArgs& d, int64_t row, int j, int n, Received r) {
   for (int i = 0; i < n; ++i) {
     const float received = d.heads == Heads::rms ? sqrtf(score[i]) : score[i];
     d.score[at + i] = d.gamma * d.score[at + i] + received;
-    if (d.count) ++d.count[at + i];
+    // Unsigned: counters that somebody filled to the brim wrap, as on a GPU.
+    if (d.count) d.count[at + i] = int(unsigned(d.count[at + i]) + 1);
     if (d.last && strongest[i] >= d.alpha) {
-      const int gap = d.step - d.last[at + i];
+      const int gap = int(unsigned(d.step) - unsigned(d.last[at + i]));
       if (d.interval && gap > d.interval[at + i]) d.interval[at + i] = gap;
       d.last[at + i] = d.step;
     }

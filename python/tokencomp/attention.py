@@ -295,6 +295,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, gqa: bool, sinks: Tensor | No
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"{NAME}: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     query, kv = q.shape[1], k.shape[1]
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(f"{NAME}: q and k must agree in B and D, got {list(q.shape)}, {list(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"{NAME}: k and v must agree in [B, Hkv, S], got {list(k.shape)}, {list(v.shape)}")
     if query != kv and not gqa:

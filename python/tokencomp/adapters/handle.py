@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 from torch import Tensor, nn
 
 from tokencomp import token_map
-from tokencomp.adapters import llm, vit, vlm, vlm_decoder
+from tokencomp.adapters import llm, patch, vit, vlm, vlm_decoder
 from tokencomp.adapters.kv_handle import CompressedCache
 from tokencomp.adapters.restoring import Restoring
 from tokencomp.adapters.vlm_decoder_handle import CompressedDecoder
@@ -146,6 +146,7 @@ def compress(
     """On visual tokens between the layers of that decoder, and on all of the above."""
 
 
+@patch.all_or_nothing()
 def compress(
     model: nn.Module,
     *methods: Any,
@@ -251,20 +252,13 @@ def _attached(
 ) -> CompressedCache | CompressedVisual | CompressedDecoder:
     """The handle of a decoder whose cache is compressed already, if it is to be."""
     stack = None
-    try:
-        if visual is not None:
-            stack = vlm.attach(model, visual, **options)
-        if between is not None:
-            assert cache is not None
-            layers = vlm_decoder.attach(model, between, cache.stack, stack)
-            chosen = None if stack is None else CompressedVisual(model, stack)
-            return CompressedDecoder(model, layers, cache, chosen)
-    except BaseException:
-        if stack is not None:
-            vlm.detach(stack)
-        if cache is not None:
-            cache.remove()
-        raise
+    if visual is not None:
+        stack = vlm.attach(model, visual, **options)
+    if between is not None:
+        assert cache is not None
+        layers = vlm_decoder.attach(model, between, cache.stack, stack)
+        chosen = None if stack is None else CompressedVisual(model, stack)
+        return CompressedDecoder(model, layers, cache, chosen)
     if stack is not None:
         return CompressedVisual(model, stack, cache)
     assert cache is not None

@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from tokencomp.adapters import compat
 from tokencomp.adapters.attention import hf_attention, hf_mask, register_functions, switched_config
 from tokencomp.adapters.outputs import signed
-from tokencomp.adapters.patch import Patches, is_patched
+from tokencomp.adapters.patch import Patches, all_or_nothing, is_patched
 from tokencomp.methods.kv import KVMethod
 from tokencomp.methods.sparse import SparseMethod
 from tokencomp.ops.kvquant_pages import MAX_PAGE_TYPES
@@ -83,6 +83,7 @@ class Stack:
                 )
 
 
+@all_or_nothing()
 def attach(
     model: nn.Module,
     method: KVMethod,
@@ -109,15 +110,11 @@ def attach(
         sparse, _known_frequencies(decoder) if sparse is not None else {},
     )  # fmt: skip
     stack.new_cache()  # says now whether there is anything to compress
-    try:
-        if attention == "paged":
-            register_functions(IMPLEMENTATION, paged_attention, paged_mask)
-            _switch_attention(stack)
-        else:
-            stack.patches.add(decoder, forward=_forward(type(decoder).forward, stack))
-    except BaseException:
-        detach(stack)
-        raise
+    if attention == "paged":
+        register_functions(IMPLEMENTATION, paged_attention, paged_mask)
+        _switch_attention(stack)
+    else:
+        stack.patches.add(decoder, forward=_forward(type(decoder).forward, stack))
     return stack
 
 

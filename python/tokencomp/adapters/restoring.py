@@ -25,8 +25,8 @@ class Restoring:
     def remove(self) -> None:
         """Give the model back as it was. Doing it again does nothing."""
         if not self._removed:
-            self._removed = True
             self._restore()
+            self._removed = True
 
     def _restore(self) -> None:
         raise NotImplementedError

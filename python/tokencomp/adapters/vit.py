@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters import outputs
 from tokencomp.adapters.families import Family, families, layer_width, patch_convolution, plain_name
-from tokencomp.adapters.patch import Patches, is_patched, original_class
+from tokencomp.adapters.patch import Patches, all_or_nothing, is_patched, original_class
 from tokencomp.adapters.run import Run
 from tokencomp.methods.layers import LayerMethod, LayerView, Reduced
 
@@ -160,24 +160,21 @@ def the_one(model: nn.Module) -> tuple[Place, nn.Module]:
     return place, place.root
 
 
+@all_or_nothing()
 def attach(model: nn.Module, method: LayerMethod, *, dense: bool | None = None) -> Stack:
     """Compress the one encoder in ``model`` until ``detach``; see ``tokencomp.compress``."""
     if any(is_patched(module) for module in model.modules()):
         raise ValueError(f"compress: this {plain_name(model)} is compressed already; remove() that first")
     place, root = the_one(model)
     stack = Stack(place, root, method)
-    try:
-        for index, layer in enumerate(stack.layers):
-            _show(stack, layer, index)
-            stack.patches.add(layer, forward=_layer_forward(type(layer).forward, stack, index))
-        convolution = patch_convolution(root)
-        if convolution is not None:
-            stack.patches.add(convolution, forward=_grid_forward(type(convolution).forward, stack))
-        outputs.patch(stack.patches, stack, place.around, root, dense)
-        check_halves(stack)
-    except BaseException:
-        detach(stack)
-        raise
+    for index, layer in enumerate(stack.layers):
+        _show(stack, layer, index)
+        stack.patches.add(layer, forward=_layer_forward(type(layer).forward, stack, index))
+    convolution = patch_convolution(root)
+    if convolution is not None:
+        stack.patches.add(convolution, forward=_grid_forward(type(convolution).forward, stack))
+    outputs.patch(stack.patches, stack, place.around, root, dense)
+    check_halves(stack)
     return stack
 
 

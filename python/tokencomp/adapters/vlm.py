@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokencomp import ragged
 from tokencomp.adapters.outputs import signed
-from tokencomp.adapters.patch import Patches, is_patched
+from tokencomp.adapters.patch import Patches, all_or_nothing, is_patched
 from tokencomp.adapters.vlm_encoder import EncoderLook
 from tokencomp.adapters.vlm_families import FAMILIES, Way, way_of
 from tokencomp.adapters.vlm_prompt import Chosen, Passes, placeholders
@@ -74,13 +74,13 @@ class VisualStack:
     way: Way
     look: EncoderLook
     patches: Patches = field(default_factory=Patches)
-    hooks: list[Any] = field(default_factory=list)
     report: VisualReport = field(default_factory=lambda: VisualReport(""))
     passes: Passes = field(default_factory=Passes)  # of the encoder, not used yet
     caches: "weakref.WeakKeyDictionary[Any, Kept]" = field(default_factory=weakref.WeakKeyDictionary)
     thread: threading.local = field(default_factory=threading.local)
 
 
+@all_or_nothing()
 def attach(
     model: nn.Module,
     method: VisualMethod,
@@ -111,30 +111,23 @@ def attach(
     stack = VisualStack(
         base, method, positions, newlines, way, look, report=VisualReport(type(method).__name__)
     )
-    try:
-        stack.hooks += look.attach(stack.patches)
-        cls: Any = type(base)
-        stack.patches.add(
-            base,
-            forward=_forward(cls.forward, stack),
-            **{
-                f"get_{kind}_features": _features(getattr(cls, f"get_{kind}_features"), stack, kind)
-                for kind in way.kinds(base)
-            },
-        )
-        hook = functools.partial(_before_decoder, stack)
-        stack.hooks.append(stack.base.language_model.register_forward_pre_hook(hook, with_kwargs=True))
-    except BaseException:
-        detach(stack)
-        raise
+    look.attach(stack.patches)
+    cls: Any = type(base)
+    stack.patches.add(
+        base,
+        forward=_forward(cls.forward, stack),
+        **{
+            f"get_{kind}_features": _features(getattr(cls, f"get_{kind}_features"), stack, kind)
+            for kind in way.kinds(base)
+        },
+    )
+    hook = functools.partial(_before_decoder, stack)
+    stack.patches.hook(stack.base.language_model.register_forward_pre_hook, hook, with_kwargs=True)
     return stack
 
 
 def detach(stack: VisualStack) -> None:
     """Give the model back as it was."""
-    for hook in stack.hooks:
-        hook.remove()
-    stack.hooks.clear()
     stack.patches.restore()
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters import llm, vlm
+from tokencomp.adapters.patch import Patches, all_or_nothing
 from tokencomp.adapters.vlm_decoder_run import Counts, Deep, Run
 from tokencomp.adapters.vlm_prompt import placeholders
 from tokencomp.cache.forward import STEP_TOKENS
@@ -43,11 +44,12 @@ class DecoderStack:
     stops: frozenset[int]
     cache: llm.Stack
     visual: vlm.VisualStack | None  # that chooses visual tokens before the first layer
-    hooks: list[Any] = field(default_factory=list)
+    patches: Patches = field(default_factory=Patches)
     past: Past = field(default_factory=Past)
     thread: threading.local = field(default_factory=threading.local)
 
 
+@all_or_nothing()
 def attach(
     model: nn.Module, method: DecoderMethod, cache: llm.Stack, visual: vlm.VisualStack | None = None
 ) -> DecoderStack:
@@ -68,19 +70,13 @@ def attach(
     stops = frozenset(method.acts_after(len(layers)))
     stack = DecoderStack(base, cache.decoder, layers, method, stops, cache, visual)
     _check(stack)
-    try:
-        _hook(stack)
-    except BaseException:
-        detach(stack)
-        raise
+    _hook(stack)
     return stack
 
 
 def detach(stack: DecoderStack) -> None:
     """Give the model back as it was."""
-    for hook in stack.hooks:
-        hook.remove()
-    stack.hooks.clear()
+    stack.patches.restore()
 
 
 def _layers(decoder: Any) -> nn.ModuleList:
@@ -111,7 +107,7 @@ def _check(stack: DecoderStack) -> None:
 
 def _hook(stack: DecoderStack) -> None:
     def on(register: Any, function: Any, *given: Any, **options: Any) -> None:
-        stack.hooks.append(register(functools.partial(function, stack, *given), **options))
+        stack.patches.hook(register, functools.partial(function, stack, *given), **options)
 
     on(stack.base.register_forward_pre_hook, _before_model, with_kwargs=True)
     on(stack.decoder.register_forward_pre_hook, _before_decoder, with_kwargs=True)

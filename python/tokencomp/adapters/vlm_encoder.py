@@ -49,16 +49,17 @@ class EncoderLook:
         self._input: Tensor | None = None
         self._output: Tensor | None = None
 
-    def attach(self, patches: Patches) -> list[Any]:
-        """Patch the layers; returns hooks to remove at the end."""
+    def attach(self, patches: Patches) -> None:
+        """Patch the layers."""
         for number, layer in self._layers.items():
             show_attention(patches, self.attentions[number], layer)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._input, self._output = args[0].detach(), output.detach()
 
-        hooks = [self.projector.register_forward_hook(after)]
-        return hooks if self.cut is None else hooks + self.cut.attach(patches)
+        patches.hook(self.projector.register_forward_hook, after)
+        for handle in [] if self.cut is None else self.cut.attach(patches):
+            patches.keep(handle)
 
     def projected(self) -> Tensor | None:
         """What the projector gave last."""

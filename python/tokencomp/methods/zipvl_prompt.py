@@ -11,6 +11,8 @@ from tokencomp.methods.prompts import PromptMethod, rows_of
 from tokencomp.methods.sparse import PromptChoice, SparseView, Subset
 from tokencomp.prompt_rows import PromptRows
 
+MOST_PROBES = 65536
+
 
 @base.register("zipvl_prompt", paper="2410.08584", stage="attention")
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class ZipVLPrompt(PromptMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(0 <= self.tau <= 1, "tau", "in [0, 1]", self.tau)
-        for name, least in (("recent", 1), ("random", 0), ("sinks", 0)):
-            self._check(getattr(self, name) >= least, name, f">= {least}", getattr(self, name))
+        self._check(self.sinks >= 0, "sinks", ">= 0", self.sinks)
+        for name, least in (("recent", 1), ("random", 0)):
+            fits = least <= getattr(self, name) <= MOST_PROBES
+            self._check(fits, name, f"in [{least}, {MOST_PROBES}]", getattr(self, name))
 
     def choose_prompt(self, view: SparseView) -> PromptChoice:
         """See ``SparseMethod``."""
