@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokencomp import methods_table, operators_reference, ops
+from tokencomp import methods, methods_table, operators_reference, ops
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,8 +49,14 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_table_of_methods_is_that_of_the_registry() -> None:
-    """``python -m tokencomp methods --markdown > docs/methods.md`` after a change."""
+    """``python -m tokencomp methods --markdown docs`` after a change."""
     assert (ROOT / "docs" / "methods.md").read_text() == methods_table.markdown()
+    pages = methods_table.pages()
+    assert {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} == set(pages)
+    for group, page in pages.items():
+        assert (ROOT / "docs" / "methods" / f"{group}.md").read_text() == page
+    named = re.findall(r"^## (\w+)$", "".join(pages.values()), re.M)
+    assert sorted(named) == sorted(entry.name for entry in methods.all_methods())
 
 
 def test_the_reference_of_operators_is_that_of_the_docstrings() -> None:

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="print JSON")
     known = commands.add_parser("methods", help="the compression methods and their knobs")
     form = known.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="as tables, without knobs")
+    form.add_argument("--markdown", type=Path, metavar="FOLDER", help="write the tables, and a page a group")
     form.add_argument("--json", action="store_true", help="print JSON")
     operators = commands.add_parser("operators", help="the operators, their schemas and back ends")
     form = operators.add_mutually_exclusive_group()
@@ -84,10 +84,10 @@ def _info(as_json: bool) -> int:
     return 0
 
 
-def _methods(markdown: bool, as_json: bool) -> int:
-    if markdown:
-        print(methods_table.markdown(), end="")
-        return 0
+def _methods(folder: Path | None, as_json: bool) -> int:
+    if folder is not None:
+        pages = {f"methods/{group}.md": page for group, page in methods_table.pages().items()}
+        return _write(folder, {"methods.md": methods_table.markdown(), **pages})
     if as_json:
         print(json.dumps(methods_table.as_json(), indent=1))
         return 0
@@ -105,16 +105,21 @@ def _methods(markdown: bool, as_json: bool) -> int:
 
 def _operators(folder: Path | None, as_json: bool) -> int:
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        for family, page in operators_reference.pages().items():
-            (folder / f"{family}.md").write_text(page)
-            print(f"wrote {folder / family}.md", file=sys.stderr)
-    elif as_json:
+        return _write(folder, {f"{family}.md": page for family, page in operators_reference.pages().items()})
+    if as_json:
         print(json.dumps(operators_reference.as_json(), indent=1))
     else:
         for entry in operators_reference.as_json():
             on = ", ".join(entry["back_ends"])
             print(f"{entry['name']}  ({entry['family']}; {on})\n    {entry['summary']}")
+    return 0
+
+
+def _write(folder: Path, pages: dict[str, str]) -> int:
+    for name, page in pages.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(page)
+        print(f"wrote {folder / name}", file=sys.stderr)
     return 0
 
 
