@@ -50,6 +50,7 @@ METHODS: dict[str, Any] = {
     "VScan": methods.VScan(keep=TENTH),
     "VTC-CLS": methods.VTCCLS(keep=TENTH),
     "ZOO-Prune, 8 of 64": methods.ZOOPrune(keep=TENTH, directions=8),
+    "ZOO-Prune, exact": methods.ZOOPrune(keep=TENTH, directions=None),
 }
 INSIDE: dict[str, Any] = {
     "random": methods.RandomVisual(keep=SMALL),

@@ -7,6 +7,7 @@ import torch
 from tokencomp import methods
 from tokencomp.methods import cdpruner, globalcom2, hiprune, quota, scope, vispruner, vscan, zoo_prune
 from tokencomp.methods.visual import VisualKeep, VisualMethod, VisualView, merged_into
+from tokencomp.visual_attention import SeenEncoder
 from torch import Tensor
 from visual_views import SIX, VISUAL_METHODS, GivenEncoder, random_view, six
 
@@ -80,6 +81,43 @@ def test_visionzip_contextual_tokens_take_in_the_mean_of_their_members() -> None
     x = view.x[0]
     assert keep.x is not None
     assert torch.equal(keep.x[0], torch.stack([x[0], x[1] + x[4], x[3] + (x[2] + x[5]) / 2]))
+
+
+def test_sensitivity_to_all_directions_is_the_norm_of_the_derivative() -> None:
+    torch.manual_seed(0)
+    projector = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.GELU(), torch.nn.Linear(10, 8)).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        found = zoo_prune.exact_sensitivity(projector, x)
+    derivative = torch.func.vmap(torch.func.vmap(torch.func.jacrev(projector)))(x)
+    torch.testing.assert_close(found, derivative.flatten(2).norm(dim=2) / 6**0.5)
+    with torch.no_grad():
+        projector[2].weight.mul_(2)
+    torch.testing.assert_close(zoo_prune.exact_sensitivity(projector, x), 2 * found)
+    view = random_view()
+    view.encoder.feature, view.encoder.projector = torch.randn(3, 36, 6), projector.float()
+    exact = methods.ZOOPrune(directions=None).sensitivity(view)
+    sampled = methods.ZOOPrune(directions=4000).sensitivity(view)
+    assert torch.corrcoef(torch.stack([exact.flatten(), sampled.flatten()]))[0, 1] > 0.98
+    view.encoder.projector = torch.nn.Sequential(torch.nn.LayerNorm(6), projector)
+    with pytest.raises(
+        ValueError, match=r"directions=None needs .* one of \['LayerNorm', 'Linear', 'GELU', 'Lin"
+    ):
+        methods.ZOOPrune(directions=None).sensitivity(view)
+
+
+def test_projects_in_the_dtype_of_the_features_and_past_hooks() -> None:
+    """Steps of 0.01 are lost in bfloat16."""
+    projector = torch.nn.Sequential(
+        torch.nn.Linear(6, 10), torch.nn.GELU(), torch.nn.Linear(10, 8)
+    ).bfloat16()
+    calls: list[int] = []
+    projector.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 5, 6)
+    found = SeenEncoder(1, 0, projector, {}, None).project(x)
+    assert not calls
+    assert projector[0].weight.dtype == torch.bfloat16
+    torch.testing.assert_close(found, projector.float()(x))
 
 
 def test_greedy_examples_on_six_tokens() -> None:

@@ -1,13 +1,25 @@
 """What patches received in a vision encoder, from the queries and keys of its layers; no matrix is formed."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tokencomp import ops
 
 Seen: TypeAlias = tuple[Tensor, Tensor, float]  # queries and keys [M, H, P + N, D], scale
+
+
+class _Unhooked(nn.Module):
+    """A module without the hooks on it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner.forward(x)
 
 
 class SeenEncoder:
@@ -26,7 +38,8 @@ class SeenEncoder:
         self.groups: Tensor | None = None
         self.pool: Callable[[Tensor], Tensor] | None = None
         self.left: Tensor | None = None
-        self._projector, self._seen, self._features = projector, seen, features
+        self.projector, self._seen, self._features = projector, seen, features
+        self._weights: dict[str, Tensor] = {}  # of the projector, in the dtype of what it was given
         self._missing = ""
 
     @property
@@ -80,10 +93,11 @@ class SeenEncoder:
         return self._features if self.pool is None else self.pool(self._features)
 
     def project(self, features: Tensor) -> Tensor:
-        """See ``Encoder``; in the dtype of the projector."""
-        weight = next(self._projector.parameters(), None)
-        given = features if weight is None else features.to(weight.dtype)
-        projected: Tensor = self._projector.forward(given)
+        """See ``Encoder``; in the dtype of the features."""
+        if any(weight.dtype != features.dtype for weight in self._weights.values()) or not self._weights:
+            own = self.projector.named_parameters(prefix="inner")
+            self._weights = {name: weight.detach().to(features.dtype) for name, weight in own}
+        projected: Tensor = functional_call(_Unhooked(self.projector), self._weights, (features,))
         return projected
 
     def survivors(self) -> Tensor:

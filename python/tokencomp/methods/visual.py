@@ -51,8 +51,12 @@ class Encoder(Protocol):
     def features(self) -> Tensor:
         """``[M, N, Cv]``: what the projector gets."""
 
+    @property
+    def projector(self) -> Any:
+        """The module that makes embeddings of them."""
+
     def project(self, features: Tensor) -> Tensor:
-        """The projector, on ``[..., Cv]``."""
+        """The projector, on ``[..., Cv]``, in the dtype of ``features``."""
 
     def survivors(self) -> Tensor:
         """``[M, K]`` int32, ascending, then -1: the tokens that an ``EncoderMethod`` left."""
