@@ -8,13 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+NATIVE = "_native.abi3.so"
 
 
 def tool(name: str) -> str:
@@ -50,11 +50,15 @@ class CMakeBuild(build_ext):  # type: ignore[misc]  # setuptools is untyped
             self.copy_into(Path(self.build_lib).resolve() / "tokencomp", package)
 
     def copy_into(self, target: Path, package: Path) -> None:
-        """The libraries, and the host module of this Python alone."""
+        """The libraries, and the native module."""
         shutil.rmtree(target / "lib", ignore_errors=True)
         shutil.copytree(package / "lib", target / "lib")
-        name = f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-        shutil.copy2(package / name, target / name)
+        shutil.copy2(package / NATIVE, target / NATIVE)
 
 
-setup(ext_modules=[Extension("tokencomp._host", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# Operators use LibTorch's stable ABI, the native module Python's limited API: one wheel for all versions.
+setup(
+    ext_modules=[Extension("tokencomp._native", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

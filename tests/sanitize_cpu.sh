@@ -13,7 +13,7 @@ cmake -G Ninja -S . -B $folder -DTOKENCOMP_SANITIZE=ON -DTOKENCOMP_CUDA=0 -DTOKE
   -DPython_EXECUTABLE="$PYTHON" -DTOKENCOMP_OUTPUT="$package/tokencomp" >/dev/null
 rm -rf "$package"
 cp -r python "$package"
-rm -rf "$package"/tokencomp/lib "$package"/tokencomp/_host*.so
+rm -rf "$package"/tokencomp/lib "$package"/tokencomp/_*.so
 cmake --build $folder --target package -j "${JOBS:-2}"
 
 # Python itself is not instrumented, so the runtimes come first; libstdc++ beside them, or they miss its exceptions.

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 from cases import FIRSTS, OBJECTIVES
-from tokencomp import _host
+from tokencomp import native
 
 MATRIX_LIMIT = 64 << 20  # bytes of N x N floats in flight
 
 
 def plan(**problem: Any) -> dict[str, Any]:
-    return _host.kcenter_cpu_plan(**{"item_bytes": 1 << 20} | problem)
+    return native.kcenter_cpu_plan(**{"item_bytes": 1 << 20} | problem)
 
 
 def test_few_picks_never_make_a_matrix() -> None:
@@ -73,7 +73,7 @@ A100 = {"sm_count": 108, "smem_per_block": 163 << 10, "max_cluster": 1}
 
 def cuda(device: dict[str, int] = H200, first: str = "index0", **problem: Any) -> list[dict[str, Any]]:
     """The plan taken, then every candidate."""
-    return _host.kcenter_cuda_plans(first=first, **{"C": 1024, "element_bytes": 2} | problem, **device)
+    return native.kcenter_cuda_plans(first=first, **{"C": 1024, "element_bytes": 2} | problem, **device)
 
 
 def cuda_problems() -> list[dict[str, Any]]:

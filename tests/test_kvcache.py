@@ -7,7 +7,7 @@ import torch
 from backends import Backend
 from cases_kvcache import KV_CASES, Cache, KVCase, pad_lists
 from kvcache_yardstick import assert_same, check_append, check_compact, check_gather, run_in_place
-from tokencomp import _host, reference
+from tokencomp import native, reference
 from tokencomp.ops.kvcache import hole_order
 
 case_of = pytest.mark.parametrize("case", KV_CASES, ids=lambda c: c.name)
@@ -81,7 +81,7 @@ def test_strided_pages_and_expanded_tables(backend: Backend) -> None:
 def test_a_cache_lives_as_its_model_does(cpu_backend: Backend) -> None:
     """Rows begin, grow, fork, shrink and end in one pool; each holds what a list of tokens holds."""
     g, P, D = random.Random(3), 16, 8
-    pool = _host.PagePool(60)
+    pool = native.PagePool(60)
     pages = torch.full((60, 1, P, D), float("nan")), torch.full((60, 1, P, D), float("nan"))
     rows: list[tuple[list[int], torch.Tensor]] = []  # pages, tokens
 

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tokencomp import _host
+from tokencomp import native
 
 STEPS = int(os.environ.get("TOKENCOMP_POOL_STEPS", "1000000"))
 P = 16
@@ -19,7 +19,7 @@ class Model:
     """Rows of pages as an engine keeps them, with the uses of every page counted apart from the pool."""
 
     def __init__(self, capacity: int, seed: int) -> None:
-        self.pool = _host.PagePool(capacity)
+        self.pool = native.PagePool(capacity)
         self.uses = np.zeros(capacity, dtype=np.int64)
         self.rows: list[tuple[list[int], int]] = []  # pages, tokens
         self.random = random.Random(seed)
@@ -30,7 +30,7 @@ class Model:
         free = np.flatnonzero(self.uses == 0)[:count] if count > 1 else self.lowest(count)
         if len(free) < count:
             self.refused += 1
-            with pytest.raises(_host.OutOfPages):
+            with pytest.raises(native.OutOfPages):
                 self.pool.allocate(count)
             return None
         pages = self.pool.allocate(count).tolist()
@@ -135,7 +135,7 @@ def test_the_walk_sees_a_leak() -> None:
 
 
 def test_pages_are_shared_until_the_last_use_ends() -> None:
-    pool = _host.PagePool(100)
+    pool = native.PagePool(100)
     pages = pool.allocate(5)
     assert pages.dtype == np.int32
     pool.retain(pages[1:3])
@@ -148,7 +148,7 @@ def test_pages_are_shared_until_the_last_use_ends() -> None:
 
 
 def test_errors_say_what_is_wrong_and_change_nothing() -> None:
-    pool = _host.PagePool(8)
+    pool = native.PagePool(8)
     pool.allocate(6)
     pool.retain([2])
     before = pool.refcount(range(8)).tolist(), pool.statistics()
@@ -170,7 +170,7 @@ def test_errors_say_what_is_wrong_and_change_nothing() -> None:
         (lambda: pool.free([0.0]), TypeError, "pages must be integers, got float64"),
         (lambda: pool.free("pages"), TypeError, "pages must be integers"),
         (lambda: pool.grow(7), ValueError, r"capacity must be in \[8, 268435456\], got 7"),
-        (lambda: _host.PagePool(-1), ValueError, "capacity must be in"),
+        (lambda: native.PagePool(-1), ValueError, "capacity must be in"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -181,7 +181,7 @@ def test_errors_say_what_is_wrong_and_change_nothing() -> None:
 
 
 def test_grown_pages_come_last() -> None:
-    pool = _host.PagePool(63)
+    pool = native.PagePool(63)
     pool.allocate(63)
     pool.grow(130)
     pool.free([5])

@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 import pytest
-from tokencomp import _host
+from tokencomp import native
 
 H200 = {"sm_count": 132, "smem_per_block": 227 << 10, "max_cluster": 8}
 A100 = {"sm_count": 108, "smem_per_block": 163 << 10, "max_cluster": 1}
@@ -12,7 +12,7 @@ A100 = {"sm_count": 108, "smem_per_block": 163 << 10, "max_cluster": 1}
 
 def plans(device: dict[str, int] = H200, **problem: Any) -> list[dict[str, Any]]:
     """The plan taken, then every candidate."""
-    return _host.topk_cuda_plans(**{"element_bytes": 4, "by_mass": False} | problem, **device)
+    return native.topk_cuda_plans(**{"element_bytes": 4, "by_mass": False} | problem, **device)
 
 
 def problems() -> list[dict[str, Any]]:

@@ -2,11 +2,12 @@
 
     python tests/wheel_check.py PYTHON WHEEL
 
-PYTHON has torch and pip, and no tokencomp that this finds: the wheel goes, without network or dependencies,
-into an empty folder, which is all that is added to its path.
+PYTHON, any from 3.10 on, has torch and pip, and no tokencomp that this finds: the wheel goes, without network
+or dependencies, into an empty folder, which is all that is added to its path.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,11 +40,21 @@ else:
         assert torch.equal(said[0, -2:], ids[0, -2:])
         print(handle.report())
 """
-NEEDED = ("py.typed", "lib/libtokencomp_cpu.so", "zoo/weights/", "planning/command.py", "cli.py")
+NEEDED = (
+    "py.typed",
+    "_native.abi3.so",
+    "lib/libtokencomp_cpu.so",
+    "zoo/weights/",
+    "planning/command.py",
+    "cli.py",
+)
 
 
 def main(python: str, wheel: str) -> int:
     """Exit status."""
+    if not Path(wheel).name.endswith(".whl") or "-cp310-abi3-" not in Path(wheel).name:
+        print(f"{wheel}: not a wheel for every Python from 3.10 on")
+        return 1
     names = zipfile.ZipFile(wheel).namelist()
     missing = [part for part in NEEDED if not any(f"tokencomp/{part}" in name for name in names)]
     outside = [name for name in names if not name.startswith(("tokencomp/", "tokencomp-"))]
@@ -74,4 +85,4 @@ def main(python: str, wheel: str) -> int:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    sys.exit(main(str(Path(sys.argv[1]).absolute()), str(Path(sys.argv[2]).absolute())))
+    sys.exit(main(shutil.which(sys.argv[1]) or sys.argv[1], str(Path(sys.argv[2]).absolute())))

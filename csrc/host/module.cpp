@@ -1,50 +1,58 @@
-// The host module `tokencomp._host`: facts about the build and the processor, the pure plan functions, and
-// the pool of pages, for Python.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <map>
+// The native module `tokencomp._native`: facts about the build and the processor, the pure plan functions, and the
+// pool of pages. Arguments are positional; `tokencomp.native` gives them names, defaults and types.
 #include <string>
+#include <vector>
 
 #include "core/decode_plan.h"
 #include "core/kcenter_plan.h"
 #include "core/topk_plan.h"
 #include "cpu/isa.h"
 #include "cpu/kcenter_plan.h"
-#include "host/page_pool_module.h"
+#include "host/python.h"
 
-namespace py = pybind11;
 using namespace tokencomp;
+using host::guarded;
 
 namespace {
 
-std::map<std::string, std::string> build_info() {
-  return {{"compiler", TOKENCOMP_COMPILER},
-          {"torch_built_with", TOKENCOMP_TORCH_BUILT_WITH},
-          {"stable_abi_target", "2.10"},
-          {"nvcc", TOKENCOMP_NVCC_VERSION},
-          {"cuda_targets", TOKENCOMP_CUDA_TARGETS}};
+PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s}", "compiler", TOKENCOMP_COMPILER, "torch_built_with",
+                       TOKENCOMP_TORCH_BUILT_WITH, "stable_abi_target", "2.10", "nvcc", TOKENCOMP_NVCC_VERSION,
+                       "cuda_targets", TOKENCOMP_CUDA_TARGETS);
 }
 
-py::dict cpu_features() {
-  const auto names = [](const std::vector<cpu::Isa>& isas) {
-    std::vector<std::string> out;
-    for (cpu::Isa isa : isas) out.emplace_back(cpu::name(isa));
-    return out;
-  };
-  py::dict d;
-  d["active"] = cpu::name(cpu::active_isa());
-  d["available"] = names(cpu::available_isas());
-  d["compiled"] = names(cpu::compiled_isas());
-  return d;
+PyObject* names(const std::vector<cpu::Isa>& isas) {
+  PyObject* list = PyList_New(0);
+  for (cpu::Isa isa : isas) {
+    PyObject* name = list ? PyUnicode_FromString(cpu::name(isa)) : nullptr;
+    if (!name || PyList_Append(list, name)) Py_CLEAR(list);
+    Py_XDECREF(name);
+  }
+  return list;
 }
 
-// Whether `count` integers in memory are all in [low, limit).
-bool all_within(uintptr_t memory, int64_t count, int64_t low, int64_t limit) {
-  const int* values = reinterpret_cast<const int*>(memory);
+PyObject* cpu_features(PyObject*, PyObject*) {
+  return guarded([] {
+    return Py_BuildValue("{s:s,s:N,s:N}", "active", cpu::name(cpu::active_isa()), "available",
+                         names(cpu::available_isas()), "compiled", names(cpu::compiled_isas()));
+  });
+}
+
+// Whether `count` int32 numbers at an address are all in [low, limit). By far the most calls: no format is parsed.
+PyObject* all_within(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 4) {
+    PyErr_SetString(PyExc_TypeError, "all_within: takes memory, count, low and limit");
+    return nullptr;
+  }
+  long long number[4];
+  for (int i = 0; i < 4; ++i) {
+    number[i] = PyLong_AsLongLong(arguments[i]);
+    if (number[i] == -1 && PyErr_Occurred()) return nullptr;
+  }
+  const int* values = reinterpret_cast<const int*>(number[0]);
   bool inside = true;
-  for (int64_t i = 0; i < count; ++i) inside &= values[i] >= low && values[i] < limit;
-  return inside;
+  for (long long i = 0; i < number[1]; ++i) inside &= values[i] >= number[2] && values[i] < number[3];
+  return PyBool_FromLong(inside);
 }
 
 template <class E>
@@ -54,93 +62,109 @@ E choice(const char* function, const char* argument, const std::string& got, con
   }
   std::string list;
   for (const std::string& name : names) list += (list.empty() ? "'" : ", '") + name + "'";
-  throw py::value_error(std::string(function) + ": " + argument + " must be one of " + list + ", got '" + got + "'");
+  throw std::invalid_argument(std::string(function) + ": " + argument + " must be one of " + list + ", got '" + got +
+                              "'");
 }
 
-py::dict kcenter_cpu_plan(const std::string& objective, bool nonnegative_weights, bool all_pairs, int64_t B, int64_t N,
-                          int64_t k, int64_t item_bytes, int threads) {
-  const auto which = choice<kcenter::Objective>("kcenter_cpu_plan", "objective", objective, {"max_min", "max_sum"});
-  const kcenter::CpuPlan plan = kcenter::plan_cpu(which, nonnegative_weights, all_pairs, B, N, k, item_bytes, threads);
-  constexpr const char* kPaths[] = {"lazy", "stream", "gram"};
-  py::dict d;
-  d["path"] = kPaths[int(plan.path)];
-  d["across_items"] = plan.across_items;
-  return d;
+PyObject* kcenter_cpu_plan(PyObject*, PyObject* arguments) {
+  const char* objective;
+  int nonnegative_weights, all_pairs, threads;
+  long long B, N, k, item_bytes;
+  if (!PyArg_ParseTuple(arguments, "sppLLLLi:kcenter_cpu_plan", &objective, &nonnegative_weights, &all_pairs, &B, &N,
+                        &k, &item_bytes, &threads)) {
+    return nullptr;
+  }
+  return guarded([&] {
+    const auto which = choice<kcenter::Objective>("kcenter_cpu_plan", "objective", objective, {"max_min", "max_sum"});
+    const kcenter::CpuPlan plan =
+        kcenter::plan_cpu(which, nonnegative_weights, all_pairs, B, N, k, item_bytes, threads);
+    constexpr const char* kPaths[] = {"lazy", "stream", "gram"};
+    return Py_BuildValue("{s:s,s:N}", "path", kPaths[int(plan.path)], "across_items",
+                         PyBool_FromLong(plan.across_items));
+  });
 }
 
-py::dict describe(const kcenter::CudaPlan& plan) {
-  py::dict d;
-  d["name"] = plan.name();
-  d["blocks"] = plan.size * plan.teams;
-  d["items"] = plan.items;
-  d["smem"] = plan.smem;
-  d["microseconds"] = plan.microseconds;
-  d["refused"] = plan.refused ? py::object(py::str(plan.refused)) : py::none();
-  return d;
+PyObject* describe(const kcenter::CudaPlan& plan) {
+  return Py_BuildValue("{s:s,s:L,s:L,s:L,s:d,s:z}", "name", plan.name().c_str(), "blocks",
+                       (long long)(plan.size * plan.teams), "items", (long long)plan.items, "smem",
+                       (long long)plan.smem, "microseconds", double(plan.microseconds), "refused", plan.refused);
 }
 
-std::vector<py::dict> kcenter_cuda_plans(int B, int N, int C, int k, int element_bytes, bool l2, bool shrinking,
-                                         const std::string& first, int sm_count, size_t smem_per_block,
-                                         int max_cluster) {
-  const kcenter::CudaProblem problem{
-      B,
-      N,
-      C,
-      k,
-      element_bytes,
-      l2,
-      shrinking,
-      choice<kcenter::First>("kcenter_cuda_plans", "first", first, {"largest_nn", "index0", "centroid"})};
-  const kcenter::CudaDevice device{sm_count, smem_per_block, max_cluster};
-  std::vector<py::dict> plans{describe(kcenter::plan_cuda(problem, device))};
-  for (const kcenter::CudaPlan& plan : kcenter::cuda_candidates(problem, device)) plans.push_back(describe(plan));
-  return plans;
+PyObject* describe(const topk::CudaPlan& plan) {
+  return Py_BuildValue("{s:s,s:L,s:L,s:d,s:z}", "name", plan.name().c_str(), "size", (long long)plan.size, "smem",
+                       (long long)plan.smem, "microseconds", double(plan.microseconds), "refused", plan.refused);
 }
 
-py::dict describe(const topk::CudaPlan& plan) {
-  py::dict d;
-  d["name"] = plan.name();
-  d["size"] = plan.size;
-  d["smem"] = plan.smem;
-  d["microseconds"] = plan.microseconds;
-  d["refused"] = plan.refused ? py::object(py::str(plan.refused)) : py::none();
-  return d;
+// The plan that is taken, then all candidates.
+template <class Plan>
+PyObject* describe_all(const Plan& taken, const std::vector<Plan>& candidates) {
+  PyObject* list = PyList_New(0);
+  const auto add = [&](const Plan& plan) {
+    PyObject* described = list ? describe(plan) : nullptr;
+    if (!described || PyList_Append(list, described)) Py_CLEAR(list);
+    Py_XDECREF(described);
+  };
+  add(taken);
+  for (const Plan& plan : candidates) add(plan);
+  return list;
 }
 
-std::vector<py::dict> topk_cuda_plans(int R, int S, int element_bytes, bool by_mass, int sm_count,
-                                      size_t smem_per_block, int max_cluster) {
-  const topk::CudaProblem problem{R, S, element_bytes, by_mass};
-  const topk::CudaDevice device{sm_count, smem_per_block, max_cluster};
-  std::vector<py::dict> plans{describe(topk::plan_cuda(problem, device))};
-  for (const topk::CudaPlan& plan : topk::cuda_candidates(problem, device)) plans.push_back(describe(plan));
-  return plans;
+PyObject* kcenter_cuda_plans(PyObject*, PyObject* arguments) {
+  int B, N, C, k, element_bytes, l2, shrinking, sm_count, max_cluster;
+  const char* first;
+  Py_ssize_t smem_per_block;
+  if (!PyArg_ParseTuple(arguments, "iiiiippsini:kcenter_cuda_plans", &B, &N, &C, &k, &element_bytes, &l2, &shrinking,
+                        &first, &sm_count, &smem_per_block, &max_cluster)) {
+    return nullptr;
+  }
+  return guarded([&] {
+    const auto begin =
+        choice<kcenter::First>("kcenter_cuda_plans", "first", first, {"largest_nn", "index0", "centroid"});
+    const kcenter::CudaProblem problem{B, N, C, k, element_bytes, l2 != 0, shrinking != 0, begin};
+    const kcenter::CudaDevice device{sm_count, size_t(smem_per_block), max_cluster};
+    return describe_all(kcenter::plan_cuda(problem, device), kcenter::cuda_candidates(problem, device));
+  });
 }
+
+PyObject* topk_cuda_plans(PyObject*, PyObject* arguments) {
+  int R, S, element_bytes, by_mass, sm_count, max_cluster;
+  Py_ssize_t smem_per_block;
+  if (!PyArg_ParseTuple(arguments, "iiipini:topk_cuda_plans", &R, &S, &element_bytes, &by_mass, &sm_count,
+                        &smem_per_block, &max_cluster)) {
+    return nullptr;
+  }
+  return guarded([&] {
+    const topk::CudaProblem problem{R, S, element_bytes, by_mass != 0};
+    const topk::CudaDevice device{sm_count, size_t(smem_per_block), max_cluster};
+    return describe_all(topk::plan_cuda(problem, device), topk::cuda_candidates(problem, device));
+  });
+}
+
+PyObject* decode_cuda_parts(PyObject*, PyObject* arguments) {
+  long long units, keys, resident;
+  if (!PyArg_ParseTuple(arguments, "LLL:decode_cuda_parts", &units, &keys, &resident)) return nullptr;
+  return PyLong_FromLong(decode::plan_parts(units, keys, resident));
+}
+
+PyCFunction fast(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));  // as METH_FASTCALL wants it
+}
+
+PyMethodDef functions[] = {{"build_info", build_info, METH_NOARGS, nullptr},
+                           {"cpu_features", cpu_features, METH_NOARGS, nullptr},
+                           {"all_within", fast(all_within), METH_FASTCALL, nullptr},
+                           {"kcenter_cpu_plan", kcenter_cpu_plan, METH_VARARGS, nullptr},
+                           {"kcenter_cuda_plans", kcenter_cuda_plans, METH_VARARGS, nullptr},
+                           {"topk_cuda_plans", topk_cuda_plans, METH_VARARGS, nullptr},
+                           {"decode_cuda_parts", decode_cuda_parts, METH_VARARGS, nullptr},
+                           {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_host, m) {
-  host::add_page_pool(m);
-  m.def("build_info", &build_info, "Compilers and targets the package was built with.");
-  m.def("cpu_features", &cpu_features, "Instruction-set levels: active, available on this machine, compiled.");
-  m.def("kcenter_cpu_plan", &kcenter_cpu_plan, py::kw_only(), py::arg("objective"),
-        py::arg("nonnegative_weights") = true, py::arg("all_pairs") = false, py::arg("B"), py::arg("N"), py::arg("k"),
-        py::arg("item_bytes"), py::arg("threads"),
-        "How kcenter_greedy runs a problem on the CPU: path (lazy, stream, gram) and across_items.");
-  m.def("kcenter_cuda_plans", &kcenter_cuda_plans, py::kw_only(), py::arg("B"), py::arg("N"), py::arg("C"),
-        py::arg("k"), py::arg("element_bytes"), py::arg("l2") = false, py::arg("shrinking") = true, py::arg("first"),
-        py::arg("sm_count") = 132, py::arg("smem_per_block") = 227 << 10, py::arg("max_cluster") = 8,
-        "How kcenter_greedy could run a problem on a CUDA device (default: H200): the plan it takes, then every "
-        "candidate "
-        "with its floor in microseconds, or the reason why it is refused.");
-  m.def("topk_cuda_plans", &topk_cuda_plans, py::kw_only(), py::arg("R"), py::arg("S"), py::arg("element_bytes"),
-        py::arg("by_mass") = false, py::arg("sm_count") = 132, py::arg("smem_per_block") = 227 << 10,
-        py::arg("max_cluster") = 8,
-        "How topk_select (topp_select: by_mass) could run a problem on a CUDA device (default: H200): the plan it "
-        "takes, then every candidate with its floor in microseconds, or the reason why it is refused.");
-  m.def("all_within", &all_within, py::arg("memory"), py::arg("count"), py::arg("low"), py::arg("limit"),
-        "Whether `count` int32 numbers at the address `memory` are all in [low, limit).");
-  m.def("decode_cuda_parts", &decode::plan_parts, py::kw_only(), py::arg("units"), py::arg("keys"),
-        py::arg("resident") = 3 * 132,
-        "Into how many parts paged_decode cuts `keys` on a CUDA device (default: H200) for `units` pairs of (sequence, "
-        "kv head), where `resident` blocks run at a time.");
+PyMODINIT_FUNC PyInit__native() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module && !host::add_page_pool(module)) Py_CLEAR(module);
+  return module;
 }

@@ -1,92 +1,158 @@
-// PagePool for Python: lists of pages are numpy arrays.
-#include "host/page_pool_module.h"
+// PagePool for Python. Lists of pages come and go as bytes of int64 and int32: arrays are `tokencomp.native`'s matter.
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
 
-#include <pybind11/numpy.h>
-
-#include "host/page_pool.h"
+#include "host/python.h"
 
 namespace tokencomp::host {
+
+PyObject* out_of_pages = nullptr;
+
 namespace {
 
-namespace py = pybind11;
+struct Object {
+  PyObject_HEAD PagePool* pool;
+};
 
-// Any array or list of integers.
-py::array_t<int64_t> pages_of(const char* method, const py::object& pages) {
-  const py::array given = py::array::ensure(pages);
-  if (!given) {
-    PyErr_Clear();
-    throw py::type_error("PagePool." + std::string(method) + ": pages must be integers, got " +
-                         std::string(py::str(py::type::of(pages))));
+PagePool& pool_of(PyObject* self) { return *reinterpret_cast<Object*>(self)->pool; }
+
+PyObject* none() {
+  Py_INCREF(Py_None);
+  return Py_None;
+}
+
+// A list of pages as Python gave it.
+struct Pages {
+  const int64_t* data = nullptr;
+  Py_ssize_t count = 0;
+
+  bool read(PyObject* bytes) {
+    char* memory;
+    Py_ssize_t size;
+    if (PyBytes_AsStringAndSize(bytes, &memory, &size)) return false;
+    data = reinterpret_cast<const int64_t*>(memory);  // behind the header of a bytes object: aligned to 8
+    count = size / Py_ssize_t(sizeof(int64_t));
+    return true;
   }
-  const char kind = given.dtype().kind();
-  if (given.size() > 0 && kind != 'i' && kind != 'u') {
-    throw py::type_error("PagePool." + std::string(method) + ": pages must be integers, got " +
-                         std::string(py::str(given.dtype())));
-  }
-  return py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(given);
+};
+
+PyObject* make(PyTypeObject* type, PyObject* arguments, PyObject*) {
+  long long capacity;
+  if (!PyArg_ParseTuple(arguments, "L:PagePool", &capacity)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    auto pool = std::make_unique<PagePool>(capacity);
+    const auto allocate = reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc));
+    PyObject* self = allocate(type, 0);
+    if (self) reinterpret_cast<Object*>(self)->pool = pool.release();
+    return self;
+  });
 }
 
-py::array_t<int32_t> allocate(PagePool& pool, int64_t count) {
-  if (count < 0) {
-    throw py::value_error("PagePool.allocate: count must be >= 0, got " + std::to_string(count));
-  }
-  if (count > pool.capacity()) pool.allocate(count, nullptr);  // throws, before memory for so many is asked for
-  py::array_t<int32_t> pages(count);
-  pool.allocate(count, pages.mutable_data());
-  return pages;
+void destroy(PyObject* self) {
+  delete reinterpret_cast<Object*>(self)->pool;
+  PyTypeObject* type = Py_TYPE(self);
+  reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
+  Py_DECREF(type);
 }
 
-py::array_t<int64_t> refcount(const PagePool& pool, const py::object& pages) {
-  const py::array_t<int64_t> given = pages_of("refcount", pages);
-  py::array_t<int64_t> out(std::vector<py::ssize_t>(given.shape(), given.shape() + given.ndim()));
-  for (py::ssize_t i = 0; i < given.size(); ++i) out.mutable_data()[i] = pool.refcount(given.data()[i]);
-  return out;
+PyObject* allocate(PyObject* self, PyObject* argument) {
+  const long long count = PyLong_AsLongLong(argument);
+  if (count == -1 && PyErr_Occurred()) return nullptr;
+  return guarded([&]() -> PyObject* {
+    PagePool& pool = pool_of(self);
+    if (count < 0) {
+      throw std::invalid_argument("PagePool.allocate: count must be >= 0, got " + std::to_string(count));
+    }
+    if (count > pool.capacity()) pool.allocate(count, nullptr);  // throws, before memory for so many is asked for
+    PyObject* pages = PyByteArray_FromStringAndSize(nullptr, Py_ssize_t(count * sizeof(int32_t)));
+    if (!pages) return nullptr;
+    try {
+      pool.allocate(count, reinterpret_cast<int32_t*>(PyByteArray_AsString(pages)));
+    } catch (...) {
+      Py_DECREF(pages);
+      throw;
+    }
+    return pages;
+  });
 }
 
-py::dict statistics(const PagePool& pool) {
-  py::dict d;
-  d["capacity"] = pool.capacity();
-  d["in_use"] = pool.in_use();
-  d["free"] = pool.capacity() - pool.in_use();
-  d["peak"] = pool.peak();
-  d["allocations"] = pool.allocations();
-  return d;
+PyObject* retain(PyObject* self, PyObject* argument) {
+  Pages pages;
+  if (!pages.read(argument)) return nullptr;
+  return guarded([&] {
+    pool_of(self).retain(pages.data, pages.count);
+    return none();
+  });
 }
+
+PyObject* free_(PyObject* self, PyObject* argument) {
+  Pages pages;
+  if (!pages.read(argument)) return nullptr;
+  return guarded([&] {
+    pool_of(self).free(pages.data, pages.count);
+    return none();
+  });
+}
+
+PyObject* refcount(PyObject* self, PyObject* argument) {
+  Pages pages;
+  if (!pages.read(argument)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    std::vector<int64_t> uses;
+    for (Py_ssize_t i = 0; i < pages.count; ++i) uses.push_back(pool_of(self).refcount(pages.data[i]));
+    const char* memory = reinterpret_cast<const char*>(uses.data());
+    return PyByteArray_FromStringAndSize(memory, Py_ssize_t(uses.size() * sizeof(int64_t)));
+  });
+}
+
+PyObject* grow(PyObject* self, PyObject* argument) {
+  const long long capacity = PyLong_AsLongLong(argument);
+  if (capacity == -1 && PyErr_Occurred()) return nullptr;
+  return guarded([&] {
+    pool_of(self).grow(capacity);
+    return none();
+  });
+}
+
+PyObject* statistics(PyObject* self, PyObject*) {
+  const PagePool& pool = pool_of(self);
+  return Py_BuildValue("{s:L,s:L,s:L,s:L,s:L}", "capacity", (long long)pool.capacity(), "in_use",
+                       (long long)pool.in_use(), "free", (long long)(pool.capacity() - pool.in_use()), "peak",
+                       (long long)pool.peak(), "allocations", (long long)pool.allocations());
+}
+
+PyObject* capacity(PyObject* self, void*) { return PyLong_FromLongLong(pool_of(self).capacity()); }
+PyObject* in_use(PyObject* self, void*) { return PyLong_FromLongLong(pool_of(self).in_use()); }
+PyObject* peak(PyObject* self, void*) { return PyLong_FromLongLong(pool_of(self).peak()); }
+
+PyMethodDef methods[] = {{"allocate", allocate, METH_O, nullptr}, {"retain", retain, METH_O, nullptr},
+                         {"free", free_, METH_O, nullptr},        {"refcount", refcount, METH_O, nullptr},
+                         {"grow", grow, METH_O, nullptr},         {"statistics", statistics, METH_NOARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
+
+PyGetSetDef properties[] = {{"capacity", capacity, nullptr, nullptr, nullptr},
+                            {"in_use", in_use, nullptr, nullptr, nullptr},
+                            {"peak", peak, nullptr, nullptr, nullptr},
+                            {nullptr, nullptr, nullptr, nullptr, nullptr}};
+
+PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(make)},
+                       {Py_tp_dealloc, reinterpret_cast<void*>(destroy)},
+                       {Py_tp_methods, methods},
+                       {Py_tp_getset, properties},
+                       {0, nullptr}};
+
+PyType_Spec spec = {"tokencomp._native.PagePool", sizeof(Object), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, slots};
 
 }  // namespace
 
-void add_page_pool(py::module_& m) {
-  py::register_exception<OutOfPages>(m, "OutOfPages", PyExc_MemoryError);
-  py::class_<PagePool>(
-      m, "PagePool",
-      "Which pages of a pool are in use, and by how many rows. Pages are numbers from 0; lists of them "
-      "are any integers, of any shape, in which -1 is skipped. A call that raises changes nothing.")
-      .def(py::init<int64_t>(), py::arg("capacity"))
-      .def("allocate", &allocate, py::arg("count"),
-           "The ``count`` lowest free pages, ascending int32, each used once. Raises OutOfPages (a MemoryError).")
-      .def(
-          "retain",
-          [](PagePool& pool, const py::object& pages) {
-            const py::array_t<int64_t> list = pages_of("retain", pages);
-            pool.retain(list.data(), list.size());
-          },
-          py::arg("pages"), "One use more of each page. Raises ValueError for a free page, IndexError for none.")
-      .def(
-          "free",
-          [](PagePool& pool, const py::object& pages) {
-            const py::array_t<int64_t> list = pages_of("free", pages);
-            pool.free(list.data(), list.size());
-          },
-          py::arg("pages"),
-          "One use less of each page; what nobody uses any more is free again. Raises ValueError for a page that is "
-          "free already, IndexError for none.")
-      .def("refcount", &refcount, py::arg("pages"), "How many use each page, in the shape of ``pages``; 0: free.")
-      .def("grow", &PagePool::grow, py::arg("capacity"), "More pages; those there are stay as they are.")
-      .def("statistics", &statistics,
-           "Pages: capacity, in_use, free, peak (most in use at a time), allocations (ever).")
-      .def_property_readonly("capacity", &PagePool::capacity)
-      .def_property_readonly("in_use", &PagePool::in_use)
-      .def_property_readonly("peak", &PagePool::peak);
+bool add_page_pool(PyObject* module) {
+  out_of_pages = PyErr_NewException("tokencomp.native.OutOfPages", PyExc_MemoryError, nullptr);
+  PyObject* type = PyType_FromSpec(&spec);
+  if (!out_of_pages || !type) return false;
+  Py_INCREF(out_of_pages);  // one for the module, one for `guarded`
+  return !PyModule_AddObject(module, "OutOfPages", out_of_pages) && !PyModule_AddObject(module, "PagePool", type);
 }
 
 }  // namespace tokencomp::host

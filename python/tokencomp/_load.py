@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 _LIB_DIR = Path(__file__).parent / "lib"
 _HOW_TO_BUILD = (
@@ -37,11 +38,13 @@ def load_libraries() -> None:
     """Load the CPU library (mandatory: it owns the operator schemas) and the CUDA library where it can run.
 
     Raises:
-        ImportError: the CPU library or the host module is missing or does not load.
+        ImportError: PyTorch is too old; the CPU library or the native module is missing or does not load.
     """
     if "cpu" in _libraries:
         return
-    _host()
+    if TorchVersion(torch.__version__) < "2.10":
+        raise ImportError(f"tokencomp needs PyTorch >= 2.10, found {torch.__version__}")
+    _native()
     path = _LIB_DIR / "libtokencomp_cpu.so"
     if not path.is_file():
         raise ImportError(f"tokencomp: {path.name} is not built. {_HOW_TO_BUILD}")
@@ -80,18 +83,18 @@ def load_emulator(path: Path) -> None:
     _libraries["emu"] = Library("emu", path, loaded=True)
 
 
-def _host() -> ModuleType:
+def _native() -> ModuleType:
     try:
-        return importlib.import_module("tokencomp._host")
+        return importlib.import_module("tokencomp._native")
     except ImportError as error:
-        raise ImportError(f"tokencomp: the host module is not usable ({error}). {_HOW_TO_BUILD}") from error
+        raise ImportError(f"tokencomp: the native module is not usable ({error}). {_HOW_TO_BUILD}") from error
 
 
 def build_info() -> dict[str, Any]:
     """What was compiled in: compilers, back ends, GPU architectures."""
-    return dict(_host().build_info())
+    return dict(_native().build_info())
 
 
 def cpu_features() -> dict[str, Any]:
     """Instruction sets of the CPU kernels: the one in use and those this machine could use."""
-    return dict(_host().cpu_features())
+    return dict(_native().cpu_features())

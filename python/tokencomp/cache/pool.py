@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokencomp._host import PagePool
 from tokencomp.methods.kv import PageSpec
+from tokencomp.native import PagePool
 from tokencomp.ops.kvquant_pages import PageFormat, kv_pages_repack
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def format_of(spec: PageSpec, page: int, width: int, device: torch.device) -> Pa
     )
 
 
-def _book(uses: Ints) -> PagePool:
+def _book(uses: NDArray[np.int64]) -> PagePool:
     """A book of as many pages, each used so often."""
     book = PagePool(len(uses))
     book.allocate(len(uses))

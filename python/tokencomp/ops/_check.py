@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-_all_within = import_module("tokencomp._host").all_within
+_all_within = import_module("tokencomp._native").all_within
 
 
 def checked(*tensors: Tensor | None) -> bool:
