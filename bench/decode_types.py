@@ -104,9 +104,13 @@ def measure(device: str, *, quick: bool = False, peers: bool = True) -> list[Row
     order = torch.randperm(HKV * tokens // PAGE, generator=g).to(device)
     pool = torch.stack([x.view(-1, PAGE, D)[order.argsort()] for x in (k, v)], 1)
     table = order.view(1, HKV, -1).int()
+    in_order = torch.arange(order.numel(), device=device).view(1, HKV, -1).int()
     stores = {name: make_store(name, k, v) for name in STORES}
     calls: dict[str, Callable[[int], Any]] = {
         "16 bit": lambda _: ops.paged_decode(q, pool[:, 0:1], pool[:, 1:2], table, lengths),
+        "16 bit, pages in order": lambda _: ops.paged_decode(
+            q, pool[:, 0:1], pool[:, 1:2], in_order, lengths
+        ),
         "read": lambda _: pool.view(torch.int32).max(),
     }
     size = dict.fromkeys(calls, float(pool.numel() * 2))

@@ -10,7 +10,7 @@ from cases import DTYPES
 from cases_decode import DECODE_CASES, STATES_CASES, DecodeCase, StatesCase
 from decode_yardstick import assert_attention, assert_close
 from emulator import settings
-from tokencomp import _host, reference
+from tokencomp import native, ops, reference
 from torch import Tensor
 
 INF = float("inf")
@@ -137,6 +137,24 @@ def test_rows_see_what_they_would_alone(backend: Backend) -> None:
         torch.testing.assert_close(together[1][:, :, t : t + 1], alone[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("page", [32, 64])
+def test_pages_beyond_the_caches_give_the_bits_of_a_few(page: int) -> None:
+    """More than 48 MB of pages are fetched another way than those of one head alone."""
+    heads, places, g = 4, 24576 // page + 1, torch.Generator().manual_seed(0)
+    pool = torch.randn(heads * places, 2, page, 128, generator=g).bfloat16()
+    table = torch.randperm(heads * places, generator=g).view(1, heads, places).int()
+    table[0, 1, 3] = -1
+    lengths = torch.tensor([[0, 7, page + 1, 0]]).int().neg() + places * page
+    q = torch.randn(1, 2 * heads, 3, 128, generator=g).bfloat16()
+    keys, values = pool[:, 0:1], pool[:, 1:2]
+    assert pool.numel() * 2 > 48 << 20
+    together = ops.paged_decode(q, keys, values, table, lengths)
+    for h in range(heads):
+        rows = slice(2 * h, 2 * h + 2)
+        alone = ops.paged_decode(q[:, rows], keys, values, table[:, h : h + 1], lengths[:, h : h + 1])
+        assert all(torch.equal(x[:, rows], y) for x, y in zip(together[:2], alone[:2], strict=True))
+
+
 def test_one_slot(backend: Backend) -> None:
     (q, k, v, table, lengths), options = DecodeCase(1, 2, 1, 1, (1,), 64).call()
     out, lse, _ = backend.run("paged_decode", q, k, v, table, lengths, **options)
@@ -180,7 +198,7 @@ def test_parts_merge_to_the_whole(backend: Backend) -> None:
 )
 def test_plan_of_a_launch(units: int, keys: int, parts: int) -> None:
     """Few rows are cut into many parts; enough rows fill the device by themselves."""
-    assert _host.decode_cuda_parts(units=units, keys=keys) == parts
+    assert native.decode_cuda_parts(units=units, keys=keys) == parts
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 32])

@@ -93,7 +93,8 @@ struct Units {
     const int field = int(mass >> 23);
     const uint32_t mantissa = (mass & 0x7fffffu) | (field ? 0x800000u : 0u);
     const int shift = (field ? field : 1) - top + bits - 24;
-    const int left = shift > 0 ? shift : 0, right = shift < -31 ? 31 : shift < 0 ? -shift : 0;
+    // & 63: of kForced, whose bin nobody reads, more would be left over than a word has bits
+    const int left = shift > 0 ? shift & 63 : 0, right = shift < -31 ? 31 : shift < 0 ? -shift : 0;
     return uint64_t(mantissa >> right) << left;
   }
 };

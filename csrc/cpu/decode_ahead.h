@@ -13,10 +13,10 @@ namespace {  // of this level alone
 
 class LinesAhead {
  public:
-  // Slots of (b, kv) from `slot` on, a chunk of those before `end`: pages of codes; of working ones the keys, if asked
-  // for. They will be asked for in `steps` steps.
+  // Slots of (b, kv) from `slot` on, a chunk of those before `end`: pages of codes; of working ones the keys and
+  // values, if asked for. They will be asked for in `steps` steps.
   template <class T>
-  void look(const DecodeArgs& a, int b, int kv, int slot, int end, bool working, int steps) {
+  void look(const DecodeArgs& a, int b, int kv, int slot, int end, bool keys, bool values, int steps) {
     ranges = range = 0;
     int lines = 0;
     for (int s = slot; s < slot + kChunkKeys && s < end;) {
@@ -24,7 +24,7 @@ class LinesAhead {
       const int most = slot + kChunkKeys - s, n = rest < most ? rest : most;
       const int32_t entry = entry_of(a, b, kv, s);
       s += n;
-      if (entry == kNoPage || (page_type(entry) == 0 && !working)) continue;
+      if (entry == kNoPage || (page_type(entry) == 0 && !keys)) continue;
       if (page_type(entry)) {
         const PagePool& pool = a.types.pool_of(page_type(entry));
         const uint8_t* page = a.types.page(entry);
@@ -35,6 +35,9 @@ class LinesAhead {
       }
       const T* p = static_cast<const T*>(a.k.base) + a.k.offset(entry, kv, in_page);
       lines += add(reinterpret_cast<const uint8_t*>(p), int64_t(n) * a.k.slot_stride * int64_t(sizeof(T)));
+      if (!values) continue;
+      p = static_cast<const T*>(a.v.base) + a.v.offset(entry, kv, in_page);
+      lines += add(reinterpret_cast<const uint8_t*>(p), int64_t(n) * a.v.slot_stride * int64_t(sizeof(T)));
     }
     step = (lines + steps - 1) / steps;
   }

@@ -190,7 +190,7 @@ class CodedChunk {
       last = last < tiles ? last : tiles;
       const int at = first * kWidth;
       if (blocks[block].values == Reading::rows) {
-        Tile::weigh(value + first * kKeys, rounded + at, last - first, 0, a.D, out, width, nullptr);
+        Tile::weigh(value + first * kKeys, rounded + at, last - first, 0, a.D, out, width, nullptr, nullptr);
       } else if (blocks[block].value_bytes) {
         if constexpr (kBytes) weigh_bytes(blocks[block], p + at, first * kKeys, last - first, out);
       } else {
@@ -355,7 +355,7 @@ class CodedChunk {
         }
         W::store_weights(weights + i * kWidth, w);
       }
-      Tile::weigh(value, weights, tiles, g * group, (g + 1) * group, sums, width, nullptr);
+      Tile::weigh(value, weights, tiles, g * group, (g + 1) * group, sums, width, nullptr, nullptr);
       add_sums(own.map, all, lowest, g * group, (g + 1) * group, out);
     }
   }

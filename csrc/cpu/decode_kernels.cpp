@@ -27,6 +27,7 @@ class PartTask {
         rows(args.rows()),
         values(int(padded_values(args))),
         words(int(round_up(args.D, kPack<T>))),
+        far(rows_are_far(args, work)),
         coded(args, work.tasks[task].pair, work.scratch + slot * work.scratch_bytes + working_bytes(args)) {
     pair = w.tasks[task].pair;
     part = w.tasks[task].part;
@@ -45,7 +46,7 @@ class PartTask {
   }
 
   void run() {
-    const bool ahead = a.types.count && !a.index;
+    const bool ahead = far || (a.types.count && !a.index);
     if (ahead) fetch_first();
     collect();
     pack_queries();
@@ -67,26 +68,36 @@ class PartTask {
   }
 
  private:
+  // Fetching a whole chunk ahead pays where rows come from memory, in long pieces; in caches it costs a quarter.
+  static bool rows_are_far(const DecodeArgs& a, const DecodeWork& w) {
+    const bool pieces = a.table.page_size() >= kChunkKeys / 2 && a.k.slot_stride == a.D && a.v.slot_stride == a.Dv;
+    const int64_t bytes = w.task_count * kPartKeys * int64_t(a.D + a.Dv) * int64_t(sizeof(T));
+    return pieces && !a.index && !a.types.count && bytes > kCacheBytes;
+  }
+
   // Whether the chunk from key j on has quantized pages.
   bool is_coded(int j) const { return coded_chunks >> j / kChunkKeys & 1; }
 
   // The pages of the first chunk, where nobody looked ahead.
   void fetch_first() {
-    coded.ahead.template look<T>(a, b, kv, begin, end, false, 1);
+    coded.ahead.template look<T>(a, b, kv, begin, end, far, far, 1);
     coded.ahead.fetch_rest();
   }
 
   // What comes after the chunk from key j on: the next one, or the first of the task that will likely be this thread's.
-  // Working keys after working ones are left to the products with values.
+  // Working keys after working ones are left to the products with values, unless they are far.
   void look_ahead(int j) {
     const bool is_last = j + kChunkKeys >= count;
-    const int steps = is_coded(j) ? coded.kSteps : kChunkKeys / kKeys;
-    if (!is_last) return coded.ahead.template look<T>(a, b, kv, begin + j + kChunkKeys, end, is_coded(j), steps);
+    const int tiles = kChunkKeys / kKeys,
+              far_steps = tiles * (1 + Tile::passes(a.Dv)) * int(round_up(rows, kRows)) / kRows;
+    const int steps = is_coded(j) ? coded.kSteps : far ? far_steps : tiles;
+    const bool keys = far || is_coded(j);
+    if (!is_last) return coded.ahead.template look<T>(a, b, kv, begin + j + kChunkKeys, end, keys, far, steps);
     const int64_t task = own_task + w.slots;
     if (task >= w.task_count) return;
     const int other = w.tasks[task].pair, first = w.tasks[task].part * kPartKeys;
     const int row = other / a.Hkv, head = other % a.Hkv;
-    coded.ahead.template look<T>(a, row, head, first, candidates_of(a, row, head), is_coded(j), steps);
+    coded.ahead.template look<T>(a, row, head, first, candidates_of(a, row, head), keys, far, steps);
   }
 
   void carve(unsigned char* p) {
@@ -150,7 +161,7 @@ class PartTask {
     for (int t = 0; t < n; ++t) {
       if (!(side[i + t] > -INFINITY)) continue;
       key[i + t] = k + t * a.k.slot_stride, value[i + t] = v + t * a.v.slot_stride;
-      if (i + t < kChunkKeys) prefetch_row(key[i + t], a.D);
+      if (!far && i + t < kChunkKeys) prefetch_row(key[i + t], a.D);
     }
   }
 
@@ -189,10 +200,10 @@ class PartTask {
       const int at = j + i * kKeys;
       Vec z = is_coded(j) ? coded.products(key + j, at - j, r, query + r * words, words)
                           : Tile::products(key + at, query + r * words, words, 0, a.D);
-      if (r == 0 && value[at] != reinterpret_cast<const T*>(kZeroRow)) {
+      if (!far && r == 0 && value[at] != reinterpret_cast<const T*>(kZeroRow)) {
         for (int t = 0; t < kKeys; ++t) prefetch_row(value[at + t], a.Dv);
       }
-      if (is_coded(j) ? i % (tiles / 2 + 1) == 0 : r == 0) coded.ahead.fetch();
+      if (is_coded(j) ? i % (tiles / 2 + 1) == 0 : far || r == 0) coded.ahead.fetch();
       const Vec bias = repeat<kKeys>(side + at);
       if constexpr (kCap) {
         z = fma(tanh(mul(z, scale)), cap, bias);
@@ -270,14 +281,15 @@ class PartTask {
   TC_INLINE_MEMBER void weigh(int j, int tiles, int r) {
     float* out = sums + int64_t(r) * values;
     if (is_coded(j)) return coded.weigh(value + j, logits, weights, tiles, out);
-    const T* const* next = r == 0 && j + kChunkKeys < count ? key + j + kChunkKeys : nullptr;
-    Tile::weigh(value + j, weights, tiles, 0, a.Dv, out, values, next);
+    const T* const* next = !far && r == 0 && j + kChunkKeys < count ? key + j + kChunkKeys : nullptr;
+    Tile::weigh(value + j, weights, tiles, 0, a.Dv, out, values, next, far ? &coded.ahead : nullptr);
   }
 
   const DecodeArgs& a;
   const DecodeWork& w;
   const int64_t own_task;
   const int rows, values, words;
+  const bool far;  // all rows of the next chunk are fetched during this one
   int pair, part, b, kv, length, begin, end, count = 0;
   bool first_part, last_part;
   float *top, *total, *sums;

@@ -5,8 +5,9 @@
 
 namespace tokencomp::decode {
 
-constexpr int kPartKeys = 512;  // of a part: fixed, so that results depend on the row's own keys alone
-constexpr int kChunkKeys = 64;  // keys and values of a chunk stay in L1 between the two products
+constexpr int kPartKeys = 512;             // of a part: fixed, so that results depend on the row's own keys alone
+constexpr int64_t kCacheBytes = 48 << 20;  // more than any cache keeps of the pages of a call
+constexpr int kChunkKeys = 64;             // keys and values of a chunk stay in L1 between the two products
 
 // One part of the keys of a (sequence, kv head).
 struct Task {

@@ -1,4 +1,4 @@
-// Detection of the instruction-set level, torch-free: shared by the operator library and the host module.
+// Detection of the instruction-set level, torch-free: shared by the operator library and the native module.
 #include "cpu/isa.h"
 
 #include <cstdlib>
