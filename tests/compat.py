@@ -2,8 +2,8 @@
 
     python tests/compat.py PYTHON [PYTHON ...] [-- PYTEST OPTION ...]
 
-Each PYTHON is an interpreter with pytest and another torch or transformers, of the minor version that the
-host module was built for; the libraries are those of the checkout, since they use the stable ABI.
+Each PYTHON is an interpreter, from 3.10 on, with pytest and another torch or transformers; the libraries are
+those of the checkout, since they use stable ABIs.
 """
 
 import os
@@ -13,10 +13,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-OPERATORS = ("test_topk.py", "test_kcenter.py", "test_merge.py", "test_attention.py", "test_opcheck.py")
+OPERATORS = (
+    "test_native.py", "test_page_pool.py", "test_topk.py", "test_kcenter.py", "test_merge.py",
+    "test_attention.py", "test_opcheck.py", "test_integrations_kv.py", "test_integrations_visual.py",
+)  # fmt: skip
 MODELS = (
     "test_adapters_llm.py", "test_adapters_llm_caches.py", "test_adapters_llm_quant.py",
-    "test_adapters_vit.py",
+    "test_adapters_llm_wrapped.py", "test_zoo.py",
+    "test_adapters_vit.py", "test_adapters_vit_state.py", "test_adapters_vit_errors.py",
+    "test_adapters_vit_zoo.py", "test_adapters_vlm_families.py", "test_adapters_vlm_cut.py",
     "test_adapters_vlm.py", "test_adapters_attention.py", "test_sparse_models.py", "test_planning.py",
 )  # fmt: skip
 ASK = """

@@ -185,6 +185,11 @@ class Encoder:
         return self.run(model, inputs)[self.output]
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The layers of the encoder, wherever this version of transformers has them."""
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
 def config(cls: type, **options: Any) -> Any:
     """A tiny configuration."""
     return cls(**{**COMMON, "intermediate_size": 48, **options})

@@ -20,6 +20,8 @@ METHODS = {
     "prefixkv": methods.PrefixKV(0.4, recent=2),
     "critic": methods.CRITIC(12, every=3),
     "streaming": methods.StreamingLLM(12, every=3),
+    "quantized": methods.Uniform(bits=8),
+    "adakv": methods.AdaKV(methods.SnapKV(12, window=4)),  # its heads compete: with those of their process
 }
 
 
@@ -32,6 +34,7 @@ def run(model: object) -> dict[str, torch.Tensor]:
                 found[name] = steps(model, prompt(2, 40), left(2, 40), [28, *[1] * 12])
                 store = handle.cache.paged[0].layer.store
                 found[f"{name} position"] = store.position()[..., : store.size].contiguous()
+                found[f"{name} lengths"] = store.lengths.contiguous()
     return found
 
 

@@ -354,6 +354,7 @@ def test_compiles_whole_with_a_static_cache(outputs: bool) -> None:
 
 
 def test_importance_map_writes_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra eval")
     layers = [torch.rand(1, 2, 9) for _ in range(3)]
     path = importance_map(layers, tmp_path / "map.png", marks=[(4, "here")], title="three layers")
     assert path.read_bytes()[1:4] == b"PNG"

@@ -11,11 +11,12 @@ import torch
 from cache_methods import KeepAll, Listed, Newest, pages_are_exact, tree
 from decoders import answer, decoder, left, prompt, steps
 from tokencomp import methods
-from tokencomp.adapters import llm
+from tokencomp.adapters import attention, llm
 from tokencomp.methods.kv import Keep, KVView
 
 transformers = pytest.importorskip("transformers", reason="models need the extra hf")
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +131,30 @@ def test_a_name_that_others_registered() -> None:
             interface._global_mapping.clear()
             interface._global_mapping.update(mapping)
     assert tiny_models.state(model) == plain
+
+
+def test_functions_that_others_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As importing kvpress does to all that are registered, ours among them."""
+    model, calls = decoder(), []
+    ids = torch.arange(6)[None]
+    with tokencomp.compress(model, KeepAll()):
+        want = model(ids).logits
+
+    def wrap(ours: Any) -> Any:
+        def wrapper(module: Any, q: Any, k: Any, v: Any, mask: Any, dropout: float, **kwargs: Any) -> Any:
+            calls.append(wrapper)  # which refers to itself
+            return ours(module, q, k, v, mask, dropout, **kwargs)
+
+        return wrapper
+
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    for name in (llm.IMPLEMENTATION, attention.IMPLEMENTATION):
+        tokencomp.register_attention()
+        monkeypatch.setitem(functions._local_mapping, name, wrap(functions[name]))
+    assert tokencomp.register_attention() == attention.IMPLEMENTATION
+    with tokencomp.compress(model, KeepAll()):
+        assert torch.equal(model(ids).logits, want)
+    assert calls
 
 
 # ---- caches ------------------------------------------------------------------------------------------------

@@ -29,9 +29,22 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
     expected = tensor_parallel.run(model)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for name, alone in expected.items():
-        if name.endswith("position"):
+        method, _, what = name.partition(" ")
+        if method == "adakv":
+            continue
+        if what:  # positions and numbers of slots: to the bit
             assert all(rank[name].shape[1] == 1 for rank in ranks)  # one of two kv heads
             assert torch.equal(torch.cat([rank[name] for rank in ranks], 1), alone)
         else:
             for rank in ranks:
                 torch.testing.assert_close(rank[name], alone, atol=1e-4, rtol=1e-4)
+    heads_compete_with_those_of_their_process(expected["adakv lengths"], ranks)
+
+
+def heads_compete_with_those_of_their_process(
+    alone: torch.Tensor, ranks: list[dict[str, torch.Tensor]]
+) -> None:
+    """AdaKV: 12 slots a head and 12 steps in all; the only head of a process has no one to take from."""
+    assert (alone.sum(1) == 2 * (12 + 12)).all()
+    assert (alone[:, 0] != alone[:, 1]).any()
+    assert all((rank["adakv lengths"] == 12 + 12).all() for rank in ranks)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tokencomp
 import torch
-from encoders import BY_NAME, LAYERS, config, hf
+from encoders import BY_NAME, LAYERS, config, hf, layers_of
 from layer_methods import Duplicates, Nothing, Pairs, nothing_done
 from tokencomp.adapters import patch
 from tokencomp.methods.layers import LayerView, Reduced
@@ -136,11 +136,11 @@ def test_a_class_changed_meanwhile_is_reported() -> None:
     encoder = BY_NAME["vit"]
     model = encoder.model()
     handle = tokencomp.compress(model, Pairs(4))
-    layer = model.vit.layers[1]
+    layer = layers_of(model)[1]
     layer.__class__ = type("Wrapped", (type(layer),), {})
     with pytest.raises(RuntimeError, match="class was changed after compress of: Wrapped"):
         handle.remove()
-    assert not patch.is_patched(model.vit.layers[0])
+    assert not patch.is_patched(layers_of(model)[0])
 
 
 # ---- passes, models, threads ------------------------------------------------------------------------------
@@ -149,7 +149,8 @@ def test_a_class_changed_meanwhile_is_reported() -> None:
 def test_models_that_share_a_configuration_do_not_meet() -> None:
     shared = config(hf.ViTConfig)
     one, two = (hf.ViTForImageClassification(shared).eval() for _ in range(2))
-    assert one.vit.layers[0].attention.config is two.vit.layers[0].attention.config
+    parts = [next(m for m in layers_of(model)[0].modules() if hasattr(m, "config")) for model in (one, two)]
+    assert parts[0].config is parts[1].config
     inputs, chosen = BY_NAME["vit"].inputs(), shared._attn_implementation
     plain = two(**inputs).logits
     with tokencomp.compress(one, Pairs(4)) as handle:

@@ -1,5 +1,6 @@
 """Untrained vision-language models of every supported make, a few thousand parameters each, and a prompt."""
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -122,7 +123,11 @@ def onevision() -> tuple[Any, dict[str, Any]]:
 def onevision_video() -> tuple[Any, dict[str, Any]]:
     """Three frames of 2 x 2 tokens and a newline."""
     pixels = torch.randn(2, 3, 3, 32, 32, generator=_generator())
-    return _onevision(), {"input_ids": _prompt([13, 13], VIDEO), "pixel_values_videos": pixels}
+    model = _onevision()
+    if "pixel_values_videos" not in inspect.signature(model.model.get_video_features).parameters:
+        version = _transformers().__version__
+        pytest.skip(f"transformers {version} adds the newline of a video behind get_video_features")
+    return model, {"input_ids": _prompt([13, 13], VIDEO), "pixel_values_videos": pixels}
 
 
 def internvl() -> tuple[Any, dict[str, Any]]:

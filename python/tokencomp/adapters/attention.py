@@ -9,7 +9,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokencomp import attention
 from tokencomp.adapters.patch import Patches
+from tokencomp.autocast import casting
 from tokencomp.ops.score import Heads
 
 IMPLEMENTATION = "tokencomp"
@@ -87,12 +88,29 @@ def register_functions(name: str, attention: Callable[..., Any], mask: Callable[
     attentions, masks = _interfaces()
     for kind, registered, ours in (("attention", attentions, attention), ("mask", masks, mask)):
         known = registered.get(name)
-        if known is not None and known is not ours:
+        if known is not None and not _is_or_wraps(known, ours):
             raise ValueError(
                 f"register_attention: {name!r} is taken by another {kind} function; choose another name"
             )
-    type(attentions).register(name, attention)
-    type(masks).register(name, mask)
+    for registered, ours in ((attentions, attention), (masks, mask)):
+        if registered.get(name) is None:
+            type(registered).register(name, ours)
+
+
+def _is_or_wraps(known: Any, ours: Callable[..., Any]) -> bool:
+    """Whether ``known`` is ours or a function around it: kvpress wraps all that is registered when it is
+    imported, which shows in the closure alone.
+    """
+    found = [known]
+    for function in found:  # grows
+        if function is ours:
+            return True
+        for cell in getattr(function, "__closure__", None) or ():
+            with suppress(ValueError):  # it is empty
+                inner = cell.cell_contents
+                if callable(inner) and not any(inner is f for f in found):
+                    found.append(inner)
+    return False
 
 
 @contextmanager
@@ -142,14 +160,15 @@ def attention_scores(
         patches.restore()
 
 
+@casting
 def hf_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,

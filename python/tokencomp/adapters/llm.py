@@ -18,6 +18,7 @@ from tokencomp.adapters import compat
 from tokencomp.adapters.attention import hf_attention, hf_mask, register_functions, switched_config
 from tokencomp.adapters.outputs import signed
 from tokencomp.adapters.patch import Patches, all_or_nothing, is_patched
+from tokencomp.autocast import casting
 from tokencomp.methods.kv import KVMethod
 from tokencomp.methods.sparse import SparseMethod
 from tokencomp.ops.kvquant_pages import MAX_PAGE_TYPES
@@ -25,7 +26,7 @@ from tokencomp.ops.kvquant_pages import MAX_PAGE_TYPES
 IMPLEMENTATION = "tokencomp_paged"
 Attention = Literal["paged", "model"]
 
-Look = Callable[[nn.Module, Tensor, Tensor, float, float | None], bool]
+Look = Callable[[nn.Module, Tensor, Tensor, Tensor, float, float | None], bool]
 
 _thread = threading.local()  # cache: of the forward that the thread is in; look: see ``looking``
 
@@ -283,14 +284,15 @@ def _rows(mask: Any, columns: int, tokens: int) -> Tensor | None:
     return mask[:, columns : columns + tokens].bool()
 
 
+@casting
 def paged_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -302,13 +304,13 @@ def paged_attention(
     look: Look | None = getattr(_thread, "look", None)
     if look is not None:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        if look(module, query.detach(), key.detach(), scale, softcap):
+        if look(module, query.detach(), key.detach(), value.detach(), scale, softcap):
             return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
     cache = _current_cache()
     layer = None if cache is None else cache.state.pending
     if layer is None or layer.number != module.layer_idx:
         return hf_attention(
-            module, query, key, value, attention_mask, scaling, dropout, is_causal, softcap, s_aux, **kwargs
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap, s_aux, **kwargs
         )
     if attention_mask is not None or dropout > 0:
         what = "dropout" if dropout > 0 else "masks other than padding and the future"
@@ -333,8 +335,8 @@ def paged_mask(mask_function: Callable[..., Any] | None = None, **kwargs: Any) -
 
 
 def looking(look: Look | None) -> Look | None:
-    """From now on, in this thread, ``look`` gets module, queries, keys, scale and soft cap before attention;
-    where it returns True, attention is left out and its output 0. Returns what was there before.
+    """From now on, in this thread, ``look`` gets module, queries, keys, values, scale and soft cap before
+    attention; where it returns True, attention is left out and its output 0. Returns what was there before.
     """
     before: Look | None = getattr(_thread, "look", None)
     _thread.look = look

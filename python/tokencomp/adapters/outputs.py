@@ -65,6 +65,10 @@ def patch(
     mean = any(TAKES_MEAN & class_names(module) for module in around[: around.index(root)])
     if stack.dense:
         patches.add(holder, forward=_dense_forward(type(holder).forward, stack))
+        outside = around[: around.index(root)]
+        if holder is root and outside and type(outside[-1]).__name__.endswith("VisionModel"):
+            # SigLIP of transformers 5.4: the module around the encoder collects the layers' hidden states
+            patches.add(outside[-1], forward=_dense_hidden(type(outside[-1]).forward, stack))
     elif mean:
         patches.add(root, forward=_mean_forward(type(root).forward, stack))
     head = getattr(getattr(root, "head", None), "attention", None)
@@ -96,12 +100,28 @@ def _dense_forward(forward: Callable[..., Any], stack: Any) -> Callable[..., Any
     return signed(dense, forward)
 
 
+def _dense_hidden(forward: Callable[..., Any], stack: Any) -> Callable[..., Any]:
+    def dense(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = forward(self, *args, **kwargs)
+        run = stack.run
+        if run.reduced and isinstance(result, tuple):
+            return (*result[:1], *(_dense_states(value, run) for value in result[1:]))
+        if run.reduced and result.get("hidden_states") is not None:
+            result["hidden_states"] = _dense_states(result["hidden_states"], run)
+        return result
+
+    return signed(dense, forward)
+
+
 def _dense_states(states: Any, run: Run) -> Any:
     """The hidden states after the embeddings and after each layer, unmerged; anything else as it is."""
     tensors = isinstance(states, tuple) and len(states) == len(run.sources)
     if not tensors or any(state is not None and state.dim() != 3 for state in states):
         return states
-    return tuple(None if state is None else unmerge(state, run, layer) for layer, state in enumerate(states))
+    return tuple(
+        state if state is None or state.shape[1] == run.tokens[0] else unmerge(state, run, layer)
+        for layer, state in enumerate(states)
+    )
 
 
 def _mean_forward(forward: Callable[..., Any], stack: Any) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.autocast import cast
 from tokencomp.cache.forward import Forward
 from tokencomp.cache.keep_all import KeepAll
 from tokencomp.cache.layer import Chunks
@@ -74,6 +75,7 @@ class State:
                 "PagedKVCache: this cache works only with the model it was made for, while that is compressed"
             )
         if not self.plan.store_only:
+            k, v = cast(k, v)
             attended: tuple[Tensor, Tensor] = layer.layer.append(k, v, self.current, self.pool(layer, k, v))
             return attended
         self.check_consumed()

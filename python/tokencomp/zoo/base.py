@@ -3,14 +3,26 @@
 import hashlib
 import importlib
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokencomp.zoo.tasks import Task, tasks_of
 
+QKV = {"q": "query", "k": "key", "v": "value"}
+# What layers were called before ViT and CLIP were flattened: transformers 5.4.
+OLDER = (
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+    (r"\.attention\.([qkv])_proj\.", lambda found: f".attention.attention.{QKV[found[1]]}."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"^(vit\..*)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+    (r"^(vit\..*)\.mlp\.fc2\.", r"\1.output.dense."),
+    (r"^model\.vision_tower\.", "model.vision_tower.vision_model."),
+)
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -65,8 +77,20 @@ def load(name: str) -> tuple[Any, dict[str, Task]]:
     architecture = getattr(transformers, about["architecture"])
     with torch.random.fork_rng(devices=[]):
         model = architecture(architecture.config_class.from_dict(about["config"]))
-    model.load_state_dict(weights, strict=True)
+    model.load_state_dict(_named_as(model, weights), strict=True)
     return model.eval(), tasks_of(name, about)
+
+
+def _named_as(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``weights``, named as this version of transformers does."""
+    known = model.state_dict()
+    return {key if key in known else _older(key): value for key, value in weights.items()}
+
+
+def _older(key: str) -> str:
+    for name, older in OLDER:
+        key = re.sub(name, older, key)
+    return key
 
 
 def _import(module: str) -> ModuleType:
