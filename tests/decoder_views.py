@@ -64,7 +64,7 @@ def random_view(counts: Sequence[int] = (9, 6, 0), *, layer: int = 0) -> Decoder
     return DecoderView(
         layer=layer, layers=3, x=x, visual=visual, text=text, column=torch.where(real, column, -1),
         tokens=visual.sum(1).tolist(), embeds=make(batch, width, 12), attention=own, following=lambda: after,
-        transition=change, activation=make(batch, width, 20),
+        transition=change, activation=make(batch, width, 20), value=make(batch, 2, width, dim),
     )  # fmt: skip
 
 
@@ -85,13 +85,13 @@ def alone(view: DecoderView, row: int) -> DecoderView:
     return DecoderView(
         view.layer, view.layers, view.x[one], view.visual[one], view.text[one], view.column[one],
         view.tokens[one], view.embeds[one], part(view.own), lambda: part(view.next()), (change[0], change[1]),
-        view.activation[one],
+        view.activation[one], value=None if view.value is None else view.value[one],
     )  # fmt: skip
 
 
 DECODER_METHODS: list[Any] = [
     methods.FastV(layer=1), methods.PyramidDrop(keep=(0.5, 0.25), layers=(1, 2)),
-    methods.ToDREStage2(tau=0.5, layer=0), methods.VScanStage2(layer=0),
+    methods.ToDREStage2(tau=0.5, layer=0), methods.VScanStage2(layer=0), methods.FlowCutStage2(layer=0),
     methods.SparseVLM(keep=(0.5, 0.25), layers=(0, 1)), methods.SparseVLM(layers=(0, 1), rate=0.5),
     methods.AIM(start=0, span=2), methods.MustDrop(layers=(0, 1), share=0.2, peak=0.2, window=2),
     methods.TransPrune(keep=(0.5, 0.25), layers=(1, 2), since=0), methods.CoreMatching(layers=(0, 1)),

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import tokencomp
 import torch
+from encoders import layers_of
 from test_adapters_vlm import compressed
 from test_adapters_vlm_families import Some
 from tiny_models import state
 from tiny_vlms import make
 from tokencomp import methods
-from tokencomp.adapters import vlm
 from tokencomp.methods import flowcut
 from tokencomp.methods.encoder import CutInEncoder, EncoderMethod, EncoderView
 from torch import Tensor
 
 CUT = ["llava", "llava_siglip", "llava_next", "onevision", "internvl", "qwen2_vl", "qwen3_vl"]
-CUT += ["qwen2_vl_video", "qwen3_vl_video"]
+CUT += ["qwen2_vl_video", "qwen3_vl_video", "qwen2_5_vl", "qwen2_5_vl_video"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def thinned(tokens: int, cuts: int) -> Tensor:
 
 
 @contextmanager
-def hidden(model: Any, alive: dict[int, list[Tensor]]) -> Iterator[None]:
-    """Layer by layer of the encoder, keys that are not ``alive`` (bool, call by call) are not attended to."""
+def hidden(model: Any, alive: dict[int, Tensor]) -> Iterator[None]:
+    """Layer by layer of the encoder, keys that are not ``alive`` (bool, of all calls) are not attended to."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    calls = dict.fromkeys(alive, 0)
+    seen = dict.fromkeys(alive, 0)
     tower: Any = getattr(model.model, "vision_tower", None) or model.model.visual
     number = {a: i for i, a in enumerate(m for m in tower.modules() if _is_attention(m))}
 
@@ -62,9 +62,9 @@ def hidden(model: Any, alive: dict[int, list[Tensor]]) -> Iterator[None]:
         logits = (q @ k.mT) * scale
         layer = number[module]
         if layer in alive:
-            column = alive[layer][calls[layer] % len(alive[layer])]
-            calls[layer] += 1
-            logits = logits.masked_fill(~column, -torch.inf)
+            column = alive[layer][seen[layer] : seen[layer] + k.shape[2]]
+            seen[layer] = (seen[layer] + k.shape[2]) % len(alive[layer])
+            logits = logits.masked_fill(~column, -1e30)  # windows may be empty
         return (logits.softmax(-1) @ v).transpose(1, 2), None
 
     ALL_ATTENTION_FUNCTIONS["hidden"] = attend
@@ -91,22 +91,24 @@ def _is_attention(module: Any) -> bool:
 def test_cutting_equals_masking(family: str) -> None:
     """Features of survivors, with the layers behind a cut seeing their keys alone, in float64."""
     model, made = make(family)
+    _in_windows(model, [2])
     method, some = Thinned(), Some()
     with compressed(model, method) as stack:
         cut = stack.look.cut
         _run(model, made)
         found = stack.passes.waiting[-1][1]
-        crops = cut.chunks if hasattr(cut, "chunks") else [cut.crops]
+        crops = [cut.crops] if hasattr(cut, "crops") else [i for i in cut.images for _ in i.patch]
     first, last = method.seen[0], cut.last
-    alive: dict[int, list[Tensor]] = {}
+    alive: dict[int, Tensor] = {}
     for layer in range(1, last + 1):
-        alive[layer] = []
+        columns = []
         for crop in crops:
             left = thinned(crop.tokens, layer)
             patches = len(crop.token) if crop.token is not None else crop.tokens
             token = torch.arange(patches) if crop.token is None else crop.token
             column = torch.cat([torch.ones(first.prefix, dtype=torch.bool), torch.isin(token, left)])
-            alive[layer].append(column)
+            columns.append(column)
+        alive[layer] = torch.cat(columns)
     with hidden(model, alive), compressed(model, some) as stack:
         _run(model, made)
         expected = stack.passes.waiting[-1][1]
@@ -121,6 +123,31 @@ def test_cutting_equals_masking(family: str) -> None:
             torch.testing.assert_close(ours.x[crop, at], theirs.x[crop, at], atol=1e-10, rtol=0)
             gone = [i for i in range(tokens) if i not in at.tolist()]
             assert not torch.allclose(ours.x[crop, gone], theirs.x[crop, gone])
+
+
+def _in_windows(model: Any, full: list[int]) -> None:
+    """Layers but ``full`` attend in windows, where there are any: the first cut is of windows, too."""
+    tower = getattr(model.model, "visual", None)
+    if getattr(tower, "fullatt_block_indexes", None) is not None:
+        tower.fullatt_block_indexes = full
+
+
+@pytest.mark.parametrize("full", [[], [0], [1]], ids=str)
+@torch.no_grad()
+def test_windows_keep_their_members(full: list[int]) -> None:
+    """Sets that attend to themselves behind each cut are the windows' survivors; empty ones are gone."""
+    model, made = make("qwen2_5_vl", torch.float32)
+    _in_windows(model, full)
+    with compressed(model, Thinned()) as stack:
+        _run(model, made)
+        cut = stack.look.cut
+    whole, windows = [64, 24], [16, 16, 16, 16, 16, 8]
+    # of 4 x 4 tokens columns 0 and 2, then column 2; of 2 x 3 tokens 0, 2, 4, then 2; four patches each
+    inside = [windows, [8] * 4 + [8, 4], [8, 8, 4]]
+    outside = [whole, [32, 12], [16, 4]]
+    expected = [(outside if n in full else inside)[n] for n in range(3)]
+    assert [done for done, _ in cut.lengths] == expected
+    assert [dense for _, dense in cut.lengths] == [whole if n in full else windows for n in range(3)]
 
 
 def _run(model: Any, made: dict[str, Any]) -> None:
@@ -153,9 +180,9 @@ def test_later_layers_see_fewer_rows() -> None:
     model, made = make("llava", torch.float32)
     rows: list[int] = []
     tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)  # before transformers 5.23
     hooks = [
-        layer.register_forward_pre_hook(lambda m, a: rows.append(a[0].shape[1]))
-        for layer in tower.encoder.layers
+        layer.register_forward_pre_hook(lambda m, a: rows.append(a[0].shape[1])) for layer in layers_of(tower)
     ]
     with tokencomp.compress(model, methods.FlowCut(keep=4)):
         model(**made)
@@ -231,13 +258,6 @@ def test_errors() -> None:
         methods.FlowCut(keep=0)
     with pytest.raises(ValueError, match="FlowCut: the encoder must have 2 layers or more, got 1"):
         methods.FlowCut().cuts_after(0)
-    model, _ = make("qwen2_5_vl", torch.float32)
-    before = state(model)
-    with pytest.raises(
-        ValueError, match=r"FlowCut leaves patches out .* Qwen2_5_Vision\w+ attends in windows"
-    ):
-        vlm.attach(model, methods.FlowCut())
-    assert state(model) == before
     model, made = make("onevision_video", torch.float32)
     with (
         compressed(model, methods.FlowCut(keep=0.5)),

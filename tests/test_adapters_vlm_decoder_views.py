@@ -188,12 +188,17 @@ def test_methods_on_every_make(family: str) -> None:
             assert layer.tokens == [[count + 1] * 2 for count in n]
 
 
+@pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "qwen2_5_vl"])
 @torch.no_grad()
-def test_must_drop_at_all_places(family: str) -> None:
-    """Windows merge in front, key tokens stay between layers, caches of the layers of the stops let go."""
+def test_must_drop_at_all_places(family: str, inside: bool) -> None:
+    """Windows merge in the encoder or behind it, key tokens stay between layers, caches of the layers of the
+    stops let go.
+    """
     model, made = make(family, torch.float32)
-    method = methods.MustDrop(layers=(0, 1), share=1.0, peak=1.0, merge=0.0, window=2, key=0.2)
+    method = methods.MustDrop(
+        layers=(0, 1), share=1.0, peak=1.0, merge=-1.0, window=2, key=0.2, inside=inside
+    )
     model.generate(**made, max_new_tokens=1)
     before = state(model)
     with tokencomp.compress(model, method) as handle:

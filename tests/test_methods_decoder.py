@@ -117,7 +117,7 @@ def test_must_drop_windows() -> None:
     group = merged_windows(x, (4, 4), 2, 0.8)
     assert group[0].tolist() == [5, 5, 2, 3, 5, 5, 6, 7, 13, 13, 10, 11, 13, 13, 14, 15]
     encoder = GivenEncoder(3, cls_of={2: torch.linspace(0.2, 0.01, 16)[None]}, keys_of={1: x[:, None]})
-    method = methods.MustDrop(window=2, key=0.2)
+    method = methods.MustDrop(window=2, key=0.2, inside=False)
     found = method.choose(VisualView(x, encoder, grid=(4, 4)))
     assert found.index.tolist() == [[2, 3, 5, 6, 7, 10, 11, 13, 14, 15]]
     assert found.x is not None

@@ -96,5 +96,5 @@ VISUAL_METHODS: list[Any] = [
     methods.QuoTA(lambda view: torch.arange(1.0, 1 + len(view.x))), methods.PruMerge(),
     methods.ToDRE(keep=9), methods.DivPrune(keep=9), methods.LexRank(keep=9), methods.RandomVisual(keep=9),
     methods.StrideVisual(keep=9), methods.StrideVisual(keep=9, average=True), methods.AIMMerge(keep=9),
-    methods.MustDrop(),
+    methods.MustDrop(inside=False),
 ]  # fmt: skip

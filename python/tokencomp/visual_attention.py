@@ -28,7 +28,8 @@ class SeenEncoder:
     ``groups`` ``[N, g]`` names the patches of each token where it stands for several: scores and keys are
     their means. ``pool``, ``[M, patches, C] -> [M, N, C]``, is the model's own way to make fewer of them
     behind the projector; scores, keys and features go that way too. ``left`` ``[M, K]`` names the tokens that
-    a method left in the encoder.
+    a method left in the encoder, ``present`` the patches ``[M, n]`` that were in a layer, of so many: others
+    have scores and keys of 0.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class SeenEncoder:
         self.groups: Tensor | None = None
         self.pool: Callable[[Tensor], Tensor] | None = None
         self.left: Tensor | None = None
+        self.present: dict[int, tuple[Tensor, int]] = {}
         self.projector, self._seen, self._features = projector, seen, features
         self._weights: dict[str, Tensor] = {}  # of the projector, in the dtype of what it was given
         self._missing = ""
@@ -49,28 +51,29 @@ class SeenEncoder:
 
     def patches(self) -> int | None:
         """Their number, None where no layer was looked at."""
-        return next((key.shape[2] - self.prefix for _, key, _ in self._seen.values()), None)
+        here = {layer: key.shape[2] - self.prefix for layer, (_, key, _) in self._seen.items()}
+        return next((self.present[n][1] if n in self.present else here[n] for n in here), None)
 
     def cls(self, layer: int) -> Tensor:
         """See ``Encoder``."""
         if not self.has_cls:
             return self.columns(layer)
-        return self._tokens(self._products(layer).softmax(-1).mean(1)[:, self.prefix :])
+        return self._tokens(layer, self._products(layer).softmax(-1).mean(1)[:, self.prefix :])
 
     def logits(self, layer: int) -> Tensor:
         """See ``Encoder``."""
-        return self._tokens(self._products(layer).mean(1)[:, self.prefix :])
+        return self._tokens(layer, self._products(layer).mean(1)[:, self.prefix :])
 
     def columns(self, layer: int) -> Tensor:
         """See ``Encoder``."""
         query, key, scale = self._of(layer)
         lse = ops.attention_lse(query, key, scale=scale, causal=False)
         total = ops.column_score(query, key, lse, scale=scale, causal=False, heads="mean")
-        return self._tokens(total[:, 0, self.prefix :] / query.shape[2])
+        return self._tokens(layer, total[:, 0, self.prefix :] / query.shape[2])
 
     def keys(self, layer: int) -> Tensor:
         """See ``Encoder``."""
-        key = self._of(layer)[1][:, :, self.prefix :]
+        key = self._placed(layer, self._of(layer)[1][:, :, self.prefix :], 2)
         if self.pool is not None:
             heads, width = key.shape[1], key.shape[3]
             pooled = self.pool(key.transpose(1, 2).flatten(2))
@@ -110,8 +113,21 @@ class SeenEncoder:
         """Refuse from now on, saying why."""
         self._missing = why
 
-    def _tokens(self, score: Tensor) -> Tensor:
+    def _placed(self, layer: int, x: Tensor, dim: int) -> Tensor:
+        """``x`` of the patches that were in ``layer``, zeros where there were others before."""
+        if layer not in self.present:
+            return x
+        patch, whole = self.present[layer]
+        if patch.shape[1] == whole:
+            return x
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = patch.shape
+        size = [*x.shape[:dim], whole, *x.shape[dim + 1 :]]
+        return x.new_zeros(size).scatter(dim, patch.view(shape).expand_as(x), x)
+
+    def _tokens(self, layer: int, score: Tensor) -> Tensor:
         """``[M, N]``: of tokens, from that of patches."""
+        score = self._placed(layer, score, 1)
         if self.pool is not None:
             return self.pool(score[..., None])[..., 0]
         return score if self.groups is None else score[:, self.groups].mean(2)

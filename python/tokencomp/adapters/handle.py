@@ -13,7 +13,7 @@ from tokencomp.adapters.vlm_decoder_handle import CompressedDecoder
 from tokencomp.adapters.vlm_handle import CompressedVisual
 from tokencomp.adapters.vlm_rows import Newlines
 from tokencomp.cache import KeepAll
-from tokencomp.methods import kv
+from tokencomp.methods import base, kv
 from tokencomp.methods.decoder import DecoderMethod
 from tokencomp.methods.kv import KVMethod
 from tokencomp.methods.layers import LayerMethod
@@ -221,7 +221,9 @@ def compress(
             name of ours that others registered with transformers.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"compress: model must be a torch.nn.Module, got {type(model).__name__}")
+        hint = "; load it first, by from_pretrained" if isinstance(model, str) else ""
+        hint = "; a pipeline's model is its .model" if hasattr(model, "model") else hint
+        raise TypeError(f"compress: model must be a torch.nn.Module, got {type(model).__name__}{hint}")
     given = _by_kind(methods)
     on_layers, visual, between = given.get(LAYERS), given.get(VISUAL), given.get(DECODER)
     placed = positions != "preserve" or newlines != "rows"
@@ -293,7 +295,22 @@ def _kinds(method: Any) -> list[str]:
         found = [kind for kind, protocol in protocols.items() if isinstance(method, protocol)]
         if found:
             return found if found == [VISUAL, DECODER] else found[:1]
-    raise TypeError(
+    raise TypeError(_hint(method))
+
+
+def _hint(method: Any) -> str:
+    """What is wrong with something that is no method."""
+    given = method if isinstance(method, str | type) else None
+    names = [entry for entry in base.all_methods() if given in (entry.name, entry.cls, entry.cls.__name__)]
+    if names:
+        cls = names[0].cls.__name__
+        return f"compress: a method is an object, tokencomp.methods.{cls}(...), got {method!r}"
+    if isinstance(method, str):
+        return (
+            "compress: a method is an object such as tokencomp.methods.SnapKV(budget=512), got "
+            f"{method!r}; `python -m tokencomp methods` lists them"
+        )
+    return (
         "compress: a method has proportional, begin() and reduce() (tokencomp.methods.layers) or is one "
         "of KV caches (tokencomp.methods.kv), a sparse one (tokencomp.methods.sparse), one of visual "
         "tokens (tokencomp.methods.visual) or one between decoder layers (tokencomp.methods.decoder), got "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp import ragged
+from tokencomp.adapters.flops import decoder_layers, prefill_flops
 from tokencomp.adapters.outputs import signed
 from tokencomp.adapters.patch import Patches, all_or_nothing, is_patched
 from tokencomp.adapters.vlm_encoder import EncoderLook
@@ -48,18 +49,32 @@ class VisualReport:
     index: list[Tensor] = field(default_factory=list)  # of each group of like images [M, K] int32, by crop
     grid: list[tuple[int, int] | None] = field(default_factory=list)
     key: Tensor | None = None  # [B, W] bool of the prompt that is left, see ``VisualKeep.key``
-    text: int = 0  # other tokens of the prompt, all rows
+    text: int = 0  # other tokens of the prompt, all rows, no padding
+    flops: int = 0  # of the decoder's layers in that prompt, and of the encoder's where a method cuts there
+    dense_flops: int = 0  # the same with all visual tokens, also those of earlier prompts; see ``saved``
+    encoder_flops: int = 0  # the encoder's part of both, see ``adapters.flops.tower_flops``
+    encoder_dense_flops: int = 0
     seconds: float = 0.0  # of the host, in scoring and choosing
     prompts: int = 0  # seen so far, with images or without
     cache: Any = None  # the report of the cache, where that is compressed too
 
+    @property
+    def saved(self) -> float:
+        """Share of the floating-point operations that were not done: of the decoder's layers, and of the
+        encoder's where patches were cut out between them. Projector, scoring and what a cache evicted of
+        earlier prompts are not counted.
+        """
+        return 1 - self.flops / self.dense_flops if self.dense_flops else 0.0
+
     def __str__(self) -> str:
         if not self.images:
             return f"{self.method}: no image in the prompt, nothing done"
+        layers = "encoder and decoder" if self.encoder_dense_flops else "decoder"
         return (
             f"{self.method}: {self.kept} of {self.tokens} visual tokens of {self.images} images, "
-            f"{self.kept + self.text} of {self.tokens + self.text} tokens of the prompt, chosen in "
-            f"{self.seconds:.3f} s" + ("" if self.cache is None else f"; {self.cache}")
+            f"{self.kept + self.text} of {self.tokens + self.text} tokens of the prompt; {self.saved:.1%} of "
+            f"the FLOPs of {layers} layers saved, chosen in {self.seconds:.3f} s"
+            + ("" if self.cache is None else f"; {self.cache}")
         )
 
 
@@ -156,7 +171,8 @@ def _features(original: Any, stack: VisualStack, kind: str) -> Any:
             return found
         features = found.pooler_output if hasattr(found, "pooler_output") else found
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        stack.passes.add(kind, stack.way.encoded(stack.base, stack.look, list(features), given, kind))
+        encoded = stack.way.encoded(stack.base, stack.look, list(features), given, kind)
+        stack.passes.add(kind, encoded, (0, 0) if stack.look.cut is None else stack.look.cut.flops())
         return found
 
     return functools.wraps(original)(get_features)
@@ -212,8 +228,11 @@ def _shortened(
     stays = (~mask).masked_scatter(mask, rows.kept)
     padding = kwargs.get("attention_mask")
     past = 0 if before is None else before.columns
+    real = torch.ones(len(ids), past + tokens, dtype=torch.bool, device=ids.device)
     if padding is not None and padding.dim() == 2:
-        stays = stays & padding[:, past : past + tokens].bool()
+        real = padding[:, : past + tokens].bool()
+    stays = stays & real[:, past:]
+    _count(stack, real, stays, before)
     place = ragged.right_packed(stays)
     there = place >= 0
     at = place.clamp(min=0)
@@ -234,14 +253,31 @@ def _shortened(
     return kwargs
 
 
+def _count(stack: VisualStack, real: Tensor, stays: Tensor, before: Kept | None) -> None:
+    """Into the report: tokens that are no padding, and what layers compute for them.
+
+    Args:
+        real: ``[B, past + S]`` bool, no padding, of all columns given. stays: ``[B, S]`` bool.
+    """
+    report, layers = stack.report, decoder_layers(stack.base.language_model)
+    past = real.shape[1] - stays.shape[1]
+    held = dense = real[:, :past].sum(1)
+    if before is not None:
+        held = (real.gather(1, before.place.clamp(min=0)) & (before.place >= 0)).sum(1)
+    whole = real[:, past:].sum(1).tolist()
+    report.text = sum(whole) - report.tokens
+    report.encoder_flops, report.encoder_dense_flops = stack.passes.flops
+    report.flops = report.encoder_flops + prefill_flops(layers, stays.sum(1).tolist(), held.tolist())
+    report.dense_flops = report.encoder_dense_flops + prefill_flops(layers, whole, dense.tolist())
+
+
 def _choose(stack: VisualStack, images: Chosen, mask: Tensor, embeds: Tensor) -> Rows:
     """All packed visual rows, in order."""
     sizes = [len(image.features) for _, image in images]
     row = mask.nonzero()[torch.tensor([0, *sizes[:-1]]).cumsum(0).to(mask.device), 0]  # of each image
     stack.report = VisualReport(
-        type(stack.method).__name__, sum(sizes), images=len(images), prompts=stack.report.prompts + 1,
-        text=mask.numel() - sum(sizes),
-    )  # fmt: skip
+        type(stack.method).__name__, sum(sizes), images=len(images), prompts=stack.report.prompts + 1
+    )
     begin = time.perf_counter()
     found: dict[int, Rows] = {}
     for encoded in {id(e): e for e, _ in images}.values():

@@ -6,15 +6,17 @@ only those go on.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.flops import tower_flops
 from tokencomp.adapters.patch import Patches
 from tokencomp.adapters.vit_attention import show_attention
-from tokencomp.methods.encoder import EncoderMethod, EncoderView
+from tokencomp.methods.encoder import EncoderKeep, EncoderMethod, EncoderView
 
 
 class _Watch:
@@ -51,8 +53,8 @@ class Cut:
         attentions: those of its layers, in order.
         last: the layer whose output becomes the features.
         prefix: tokens in front of the patches of a crop.
-        groups: patches of a visual token where they lie side by side, or a function of the number of all that
-            names them, ``[N, g]``.
+        groups: a function of the number of patches, or of the rows and columns of their grid, that names
+            those of each visual token, ``[N, g]``; None where each is one.
     """
 
     tower: Any
@@ -60,25 +62,40 @@ class Cut:
     method: EncoderMethod
     last: int
     prefix: int = 0
-    groups: Any = 1
+    groups: Callable[..., Tensor] | None = None
     watches: dict[int, _Watch] = field(default_factory=dict)
+    layers: list[nn.Module] = field(default_factory=list)
+    lengths: list[tuple[list[int], list[int]]] = field(default_factory=list)  # of a pass, layer by layer: the
+    # tokens of each set that attended to itself, and those it would have had
 
     def attach(self, patches: Patches) -> list[Any]:
         """Patch the attention of the layers; returns hooks to remove at the end."""
-        layers = layers_of(self.tower, self.attentions)
+        self.layers = layers_of(self.tower, self.attentions)
         self.watches = {number: _Watch() for number in self.method.cuts_after(self.last)}
         for number, watch in self.watches.items():
             show_attention(patches, self.attentions[number], watch)
-        hooks = [self.tower.register_forward_pre_hook(self._begin)]
-        for number, layer in enumerate(layers):
+        hooks = [self.tower.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for number, layer in enumerate(self.layers):
             hooks += self._hooks(number, layer)
         return hooks + self._behind()
 
-    def survivors(self) -> list[Tensor] | Tensor:
-        """The visual tokens that got through the last pass."""
+    def survivors(self) -> Any:
+        """The visual tokens that got through the last pass: ``[M, K]`` int32, or a list of such."""
         raise NotImplementedError
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
+    def entering(self, layer: int) -> Any:
+        """The patches that entered ``layer``, ``[M, n]`` int64, and of how many, or a list of such."""
+        raise NotImplementedError
+
+    def flops(self) -> tuple[int, int]:
+        """Floating-point operations of the layers in the last pass, and those without a cut."""
+        run = len(self.lengths)  # the model may leave the last ones out
+        parts = list(zip(self.layers[:run], self.attentions[:run], self.lengths, strict=True))
+        done = sum(tower_flops(layer, attention, lengths) for layer, attention, (lengths, _) in parts)
+        dense = sum(tower_flops(layer, attention, lengths) for layer, attention, (_, lengths) in parts)
+        return done, dense
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         raise NotImplementedError
 
     def _hooks(self, number: int, layer: nn.Module) -> list[Any]:
@@ -87,15 +104,13 @@ class Cut:
     def _behind(self) -> list[Any]:
         raise NotImplementedError
 
-    def _token_of(self, patches: int, device: torch.device) -> Tensor | None:
-        """``[N]`` int64: the visual token of each patch; None where each is one."""
-        if isinstance(self.groups, int):
-            return None if self.groups == 1 else torch.arange(patches, device=device) // self.groups
-        groups: Tensor = self.groups(patches).to(device)
+    def _token_of(self, *size: int, device: torch.device) -> Tensor | None:
+        """``[N]`` int64: the visual token of each patch of a crop of that size; None where each is one."""
+        if self.groups is None:
+            return None
+        groups = self.groups(*size).to(device)
         number = torch.arange(len(groups), device=device)[:, None].expand_as(groups)
-        return torch.empty(patches, dtype=torch.long, device=device).scatter(
-            0, groups.flatten(), number.flatten()
-        )
+        return torch.empty_like(number.flatten()).scatter(0, groups.flatten(), number.flatten())
 
 
 @dataclass
@@ -106,14 +121,17 @@ class Crops:
     token: Tensor | None  # [N] int64, of each patch it began with; None: each is one
     kept: Tensor  # [M, left] int64, visual tokens
     patch: Tensor  # [M, n] int64, patches
+    grid: tuple[int, int] | None  # of the tokens
     scratch: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def all(cls, crops: int, patches: int, token: Tensor | None, device: torch.device) -> "Crops":
-        """Nothing is cut yet."""
+    def all(
+        cls, crops: int, patches: int, token: Tensor | None, device: torch.device, grid: Any = None
+    ) -> "Crops":
+        """Nothing is cut yet; ``grid`` is that of the tokens, where they are no square."""
         tokens = patches if token is None else int(token.max()) + 1
         kept, patch = (torch.arange(n, device=device).expand(crops, -1) for n in (tokens, patches))
-        return cls(tokens, token, kept, patch)
+        return cls(tokens, token, kept, patch, grid or square(tokens))
 
     def rank(self) -> Tensor | None:
         """``[M, n]``: the place of each patch's token among those left."""
@@ -126,8 +144,22 @@ class Crops:
         q, k, v, scale = seen
         left = self.kept.shape[1]
         return EncoderView(
-            layer, last, x, q, k, v, scale, prefix, self.tokens, left, self.rank(), self.scratch
+            layer, last, x, q, k, v, scale, prefix, self.tokens, left, self.rank(), self.grid, self.scratch
         )
+
+    def after(self, method: EncoderMethod, view: EncoderView) -> Tensor | None:
+        """The output of a layer without what ``method`` leaves out; None where that is nothing."""
+        with torch.no_grad():
+            keep = method.cut(view)
+        if keep is None:
+            return None
+        index = keep.index if isinstance(keep, EncoderKeep) else keep
+        row = self.cut(index) + view.prefix
+        if isinstance(keep, EncoderKeep):
+            return torch.cat([view.x[:, : view.prefix], keep.x.to(view.x.dtype)], 1)
+        front = torch.arange(view.prefix, device=row.device).expand(len(row), -1)
+        at = torch.cat([front, row], 1)[..., None].expand(-1, -1, view.x.shape[2])
+        return view.x.gather(1, at)
 
     def cut(self, index: Tensor) -> Tensor:
         """Leaves only the tokens ``index`` ``[M, K]`` of those left; returns ``[M, n']``, their patches among
@@ -147,15 +179,20 @@ class CropCut(Cut):
     """Encoders that hold patches as ``[M, P + N, C]``: CLIP, SigLIP, ViT and InternVL's."""
 
     crops: Crops | None = None
-    steps: list[Tensor | None] = field(default_factory=list)  # [M, n] patches behind each layer
+    whole: int = 0  # tokens of a crop without a cut
+    steps: list[Tensor] = field(default_factory=list)  # [M, n] patches before the first layer, behind each
 
     def survivors(self) -> Tensor:
         """``[M, K]`` int32."""
         assert self.crops is not None
         return self.crops.kept.int()
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self.crops, self.steps = None, []
+    def entering(self, layer: int) -> tuple[Tensor, int]:
+        """See ``Cut``."""
+        return self.steps[layer], self.whole - self.prefix
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.crops, self.steps, self.lengths = None, [], []
 
     def _hooks(self, number: int, layer: nn.Module) -> list[Any]:
         return [layer.register_forward_hook(functools.partial(self._after, number))]
@@ -167,20 +204,18 @@ class CropCut(Cut):
         x = output[0] if isinstance(output, tuple) else output
         patches = x.shape[1] - self.prefix
         if self.crops is None:
-            token = self._token_of(patches, x.device)
+            token = self._token_of(patches, device=x.device)
             self.crops = Crops.all(x.shape[0], patches, token, x.device)
-        watch, row = self.watches.get(number), None
+            self.whole = x.shape[1]
+            self.steps.append(self.crops.patch)
+        self.lengths.append(([x.shape[1]] * len(x), [self.whole] * len(x)))
+        watch, shorter = self.watches.get(number), None
         if watch is not None:
-            view = self.crops.view(number, self.last, x.detach(), watch.taken(), self.prefix)
-            with torch.no_grad():
-                index = self.method.cut(view)
-            row = None if index is None else self.crops.cut(index)
+            view = self.crops.view(number, self.last, x, watch.taken(), self.prefix)
+            shorter = self.crops.after(self.method, view)
         self.steps.append(self.crops.patch)
-        if row is None:
+        if shorter is None:
             return None
-        front = torch.arange(self.prefix, device=x.device).expand(len(row), -1)
-        at = torch.cat([front, row + self.prefix], 1)[..., None].expand(-1, -1, x.shape[2])
-        shorter = x.gather(1, at)
         return (shorter, *output[1:]) if isinstance(output, tuple) else shorter
 
     def _whole(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -191,114 +226,24 @@ class CropCut(Cut):
         if output.get("hidden_states") is not None:
             states = output.hidden_states
             output.hidden_states = tuple(
-                x
-                if x is None or depth == 0
-                else self._spread(x, self.steps[max(0, depth - 2) : depth], count)
+                x if x is None or depth == 0 else self._spread(x, self.steps[depth - 1 : depth + 1], count)
                 for depth, x in enumerate(states)
             )
         return output
 
-    def _spread(self, x: Tensor, steps: list[Tensor | None], count: int) -> Tensor:
+    def _spread(self, x: Tensor, steps: list[Tensor], count: int) -> Tensor:
         """``x`` in its places among ``prefix + count`` rows, zeros elsewhere.
 
         ``steps``: where it may be from, since a state is taken before or behind the hook that cuts.
         """
         patches = x.shape[1] - self.prefix
-        patch = next((p for p in reversed(steps) if p is not None and p.shape[1] == patches), None)
+        patch = next((p for p in reversed(steps) if p.shape[1] == patches), None)
         if patch is None or patches == count:
             return x
         whole = x.new_zeros(x.shape[0], self.prefix + count, x.shape[2])
         whole[:, : self.prefix] = x[:, : self.prefix]
         at = (patch + self.prefix)[..., None].expand(-1, -1, x.shape[2])
         return whole.scatter(1, at, x[:, self.prefix :])
-
-
-@dataclass
-class PackedCut(Cut):
-    """Encoders that hold the patches of all images one behind the other, ``[S, C]``, and attend chunk by
-    chunk: Qwen2-VL's and Qwen3-VL's. A chunk, an image or a frame, is cut by itself.
-    """
-
-    chunks: list[Crops] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # patches each chunk began with
-    begun: Any = None  # cu_seqlens of the pass
-    cut_yet: bool = False
-
-    def survivors(self) -> list[Tensor]:
-        """Of each chunk ``[K]`` int32."""
-        return [crop.kept[0].int() for crop in self.chunks]
-
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        self.chunks, self.lengths, self.begun, self.cut_yet = [], [], None, False
-
-    def _hooks(self, number: int, layer: nn.Module) -> list[Any]:
-        return [
-            layer.register_forward_pre_hook(self._before, with_kwargs=True),
-            layer.register_forward_hook(functools.partial(self._after, number)),
-        ]
-
-    def _behind(self) -> list[Any]:
-        mergers = [self.tower.merger, *(getattr(self.tower, "deepstack_merger_list", None) or [])]
-        return [merger.register_forward_hook(self._whole) for merger in mergers]
-
-    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self.begun is None:
-            self.begun = kwargs["cu_seqlens"]
-            self.lengths = self.begun.diff().tolist()
-            for n in self.lengths:
-                token = self._token_of(n, self.begun.device)
-                self.chunks.append(Crops.all(1, n, token, self.begun.device))
-        if not self.cut_yet:
-            return None
-        patch, counts = self._patch(), torch.tensor([0, *(c.patch.shape[1] for c in self.chunks)])
-        kwargs = {**kwargs, "cu_seqlens": counts.cumsum(0).to(self.begun)}
-        if kwargs.get("max_seqlen") is not None:
-            kwargs["max_seqlen"] = counts.max().to(kwargs["max_seqlen"]) if isinstance(
-                kwargs["max_seqlen"], Tensor
-            ) else int(counts.max())  # fmt: skip
-        if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = tuple(t[patch] for t in kwargs["position_embeddings"])
-        if kwargs.get("rotary_pos_emb") is not None:
-            kwargs["rotary_pos_emb"] = kwargs["rotary_pos_emb"][patch]
-        return args, kwargs
-
-    def _after(self, number: int, module: nn.Module, args: Any, output: Any) -> Any:
-        watch = self.watches.get(number)
-        if watch is None:
-            return None
-        q, k, v, scale = watch.taken()
-        sizes = [crop.patch.shape[1] for crop in self.chunks]
-        parts = zip(
-            self.chunks, output.detach().split(sizes), *(t.split(sizes, 2) for t in (q, k, v)), strict=True
-        )
-        rows, first = [], 0
-        for crop, x, *seen in parts:
-            with torch.no_grad():
-                index = self.method.cut(crop.view(number, self.last, x[None], (*seen, scale), 0))
-            own = torch.arange(len(x), device=x.device) if index is None else crop.cut(index)[0]
-            rows.append(own + first)
-            first += len(x)
-        row = torch.cat(rows)
-        if len(row) == len(output):
-            return None
-        self.cut_yet = True
-        return output[row]
-
-    def _patch(self) -> Tensor:
-        """``[S']`` int64: the patches left, among all of the pass."""
-        first, found = 0, []
-        for crop, n in zip(self.chunks, self.lengths, strict=True):
-            found.append(crop.patch[0] + first)
-            first += n
-        return torch.cat(found)
-
-    def _whole(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """A row for every token again, zeros for those that are gone."""
-        if not self.cut_yet:
-            return None
-        token = self._patch().view(-1, self.groups)[:, 0] // self.groups
-        whole = output.new_zeros(sum(self.lengths) // self.groups, output.shape[1])
-        return whole.index_copy(0, token, output)
 
 
 def layers_of(tower: nn.Module, attentions: list[nn.Module]) -> list[nn.Module]:
@@ -312,3 +257,9 @@ def layers_of(tower: nn.Module, attentions: list[nn.Module]) -> list[nn.Module]:
         f"compress: {type(tower).__name__} must have one list of layers with an attention each to leave "
         "patches out between them"
     )
+
+
+def square(tokens: int) -> tuple[int, int] | None:
+    """The grid of so many tokens, if they are a square."""
+    side = round(tokens**0.5)
+    return (side, side) if side * side == tokens else None

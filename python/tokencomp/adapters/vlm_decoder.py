@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters import llm, vlm
+from tokencomp.adapters.flops import held_by
 from tokencomp.adapters.patch import Patches, all_or_nothing
 from tokencomp.adapters.vlm_decoder_run import Counts, Deep, Run
 from tokencomp.adapters.vlm_prompt import placeholders
@@ -28,8 +29,9 @@ class Past:
     prompts: int = 0  # seen so far, with images or without
     counts: list[Counts] = field(default_factory=list)  # of each layer; none without images
     columns: list[Tensor] = field(default_factory=list)  # [B, W] that each layer got, -1: padding
-    before: int = 0  # columns that the cache had before
-    whole: list[int] = field(default_factory=list)  # tokens of each sequence of the prompt
+    held: dict[int, list[float]] = field(default_factory=dict)  # of each layer, see ``flops.held_by``
+    before: list[int] = field(default_factory=list)  # tokens of each sequence before the prompt
+    whole: list[int] = field(default_factory=list)  # and in it, as it entered the first layer
     seconds: float = 0.0
 
 
@@ -145,16 +147,18 @@ def _before_decoder(stack: DecoderStack, module: Any, args: tuple[Any, ...], kwa
     if cache is None:
         cache = kwargs["past_key_values"] = stack.cache.new_cache()
     mask = kwargs.get("attention_mask")
-    real = torch.ones_like(visual)
+    given = torch.ones(len(visual), before + visual.shape[1], dtype=torch.bool, device=visual.device)
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        real = mask[:, before : before + visual.shape[1]].to(visual.device).bool()
+        given = mask[:, : before + visual.shape[1]].to(visual.device).bool()
+    real = given[:, before:]
     column = torch.arange(visual.shape[1], device=visual.device)
     run = Run(
         stack.method, stack.stops, len(stack.layers), cache, embeds, visual & real,
         torch.where(real, column, -1), _deep(kwargs),
         None if stack.visual is None else stack.visual.thread.key,
     )  # fmt: skip
-    stack.thread.run, stack.thread.before = run, before
+    stack.thread.run = run
+    stack.thread.held = (held_by(cache) if before else {}), given[:, :before].sum(1).tolist()
     stack.thread.look = llm.looking(run.saw)
     return args, kwargs
 
@@ -173,9 +177,8 @@ def _after_decoder(stack: DecoderStack, module: Any, args: tuple[Any, ...], outp
         left = left.to(run.column.device)
         left = left.scatter(1, torch.where(run.column < 0, run.embeds.shape[1], run.column), True)[:, :-1]
         run.cache.release(freed, dict(enumerate(run.columns)), left)
-    stack.past = Past(
-        stack.past.prompts + 1, run.counts, run.columns, stack.thread.before, run.tokens, run.seconds
-    )
+    held, before = stack.thread.held
+    stack.past = Past(stack.past.prompts + 1, run.counts, run.columns, held, before, run.tokens, run.seconds)
     if stack.thread.asked is False and hasattr(output, "past_key_values"):
         output.past_key_values = None
     return output

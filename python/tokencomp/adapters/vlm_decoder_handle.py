@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters import vlm_decoder
-from tokencomp.adapters.flops import decoder_flops
+from tokencomp.adapters.flops import decoder_flops, prefill_flops
 from tokencomp.adapters.kv_handle import CompressedCache
 from tokencomp.adapters.restoring import Restoring
 from tokencomp.adapters.vlm_handle import CompressedVisual
@@ -20,8 +20,9 @@ class DecoderReport:
     tokens: tuple[list[int], ...] = ()  # of each sequence in each layer; empty without an image
     visual: tuple[list[int], ...] = ()  # visual ones of them
     columns: tuple[Tensor, ...] = ()  # [B, W] int64 of the prompt that each layer got, -1: none
-    flops: int = 0  # of the layers in that prompt; see ``adapters.decoder_flops``
-    dense_flops: int = 0  # the same with all tokens in all layers
+    flops: int = 0  # of the layers in that prompt, and those of ``chosen.encoder_flops``
+    dense_flops: int = 0  # the same with all visual tokens in all layers, also those that a method before the
+    # first layer left out: ``chosen.dense_flops``; what that one saved alone is ``chosen.saved``
     seconds: float = 0.0  # of the host, in scoring and choosing
     prompts: int = 0  # seen so far, with images or without
     cache: Any = None  # the report of the cache
@@ -36,9 +37,12 @@ class DecoderReport:
         if not self.tokens:
             return f"{self.method}: no image in the prompt, nothing done"
         left = " ".join(str(sum(layer)) for layer in self.visual)
+        cut = self.chosen is not None and self.chosen.encoder_dense_flops
+        first = "" if self.chosen is None else f", {self.chosen.saved:.1%} before the first of them"
         return (
             f"{self.method}: visual tokens by layer {left}; {self.saved:.1%} of the FLOPs of "
-            f"{len(self.tokens)} layers saved, chosen in {self.seconds:.3f} s"
+            f"{len(self.tokens)} layers{' and the encoder' if cut else ''} saved{first}, chosen in "
+            f"{self.seconds:.3f} s"
         )
 
 
@@ -75,19 +79,25 @@ class CompressedDecoder(Restoring):
             raise RuntimeError("compress: there was no prompt yet")
         tokens = tuple(count.tokens.tolist() for count in past.counts)
         layers = stack.layers if tokens else []
-        flops = [decoder_flops(layer, n, past.before) for layer, n in zip(layers, tokens, strict=True)]
-        dense = [decoder_flops(layer, past.whole, past.before) for layer in layers]
+        chosen = None if self.visual_handle is None else self.visual_handle.report()
+        flops = sum(
+            decoder_flops(layer, n, past.held.get(i, past.before))
+            for i, (layer, n) in enumerate(zip(layers, tokens, strict=True))
+        )
+        dense = prefill_flops(layers, past.whole, past.before)
+        if chosen is not None and chosen.images and tokens:
+            flops, dense = flops + chosen.encoder_flops, chosen.dense_flops
         return DecoderReport(
             method=type(stack.method).__name__,
             tokens=tokens,
             visual=tuple(count.visual.tolist() for count in past.counts),
             columns=tuple(past.columns),
-            flops=sum(flops),
-            dense_flops=sum(dense),
+            flops=flops,
+            dense_flops=dense,
             seconds=past.seconds,
             prompts=past.prompts,
             cache=self.cache_handle.report(),
-            chosen=None if self.visual_handle is None else self.visual_handle.report(),
+            chosen=chosen,
         )
 
     def new_cache(self) -> Any:

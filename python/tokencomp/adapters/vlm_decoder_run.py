@@ -48,6 +48,7 @@ class Run:
     seen: Any = None  # (q, k, scale, softcap, past, lengths) of the layer that a stop is behind
     transitions: list[Transition] = field(default_factory=list)
     activation: Tensor | None = None
+    value: Tensor | None = None
     probing: bool = False
     whole: Any = None  # the cache's ``Forward`` of the prompt
     _rope: tuple[Tensor, Tensor] | None = None
@@ -73,7 +74,7 @@ class Run:
             self.seconds += time.perf_counter() - begin
             if self.column is not before:
                 self.cache.narrow(self.whole, self.column, number)
-        self.seen, self.activation = None, None
+        self.seen = self.activation = self.value = None
         self.transitions.clear()
         self.counts.append(Counts((self.column >= 0).sum(1), self.visual.sum(1)))
         self.columns.append(self.column)
@@ -88,9 +89,11 @@ class Run:
         added = self.deep.features[number].to(hidden)[row.clamp(min=0)]
         return torch.where(there[..., None], hidden + added, hidden)
 
-    def saw(self, module: Any, q: Tensor, k: Tensor, scale: float, softcap: float | None) -> bool:
-        """Queries and keys of a layer; whether they were all that was wanted."""
+    def saw(self, module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> bool:
+        """Queries, keys and values of a layer; whether they were all that was wanted."""
         number = module.layer_idx
+        if number in self.stops and not self.probing and "value" in self.method.watches:
+            self.value = v
         if number in self.stops or self.probing:
             self.seen = (q, k, scale, softcap, *self._past(number))
         return self.probing
@@ -105,7 +108,7 @@ class Run:
             column=self.column, tokens=self._visual, embeds=self.embeds,
             attention=None if self.seen is None else self._attention(real),
             following=lambda: self._probe(following, hidden, kwargs, real),
-            transition=both, activation=self.activation, scratch=self.scratch,
+            transition=both, activation=self.activation, value=self.value, scratch=self.scratch,
             key=None if self.key is None else self.key.gather(1, self.column.clamp(min=0)) & real,
         )  # fmt: skip
         with torch.no_grad():

@@ -69,7 +69,9 @@ class EncoderLook:
         """What was seen since the last time, of crops in one batch; forgets it."""
         seen = {number: layer.seen[-1] for number, layer in self._layers.items() if layer.seen}
         encoder = SeenEncoder(self.layers, self.prefix, self.projector, seen, self._input)
-        encoder.left = None if self.cut is None else self.cut.survivors()
+        if self.cut is not None:
+            encoder.left = self.cut.survivors()
+            encoder.present = {number: self.cut.entering(number) for number in self._layers}
         self._forget()
         return encoder
 
@@ -81,7 +83,10 @@ class EncoderLook:
         """
         for number, layer in self._layers.items():
             chunks = [query.shape[2] for query, _, _ in layer.seen]
-            if chunks != [patches for frames, patches in grids for _ in range(frames)]:
+            whole = [patches for frames, patches in grids for _ in range(frames)]
+            if self.cut is not None:
+                whole = [patch.shape[1] for patch, _ in self.cut.entering(number) for _ in patch]
+            if chunks != whole:
                 raise ValueError(
                     f"compress: encoder layer {number} attends in windows, not to whole images; look at a "
                     "layer of full attention"
@@ -93,7 +98,9 @@ class EncoderLook:
             }
             found.append(SeenEncoder(self.layers, self.prefix, self.projector, seen, None))
             if self.cut is not None:
-                found[-1].left = _rows(self.cut.survivors()[first : first + frames])
+                image = len(found) - 1
+                found[-1].left = self.cut.survivors()[image]
+                found[-1].present = {number: self.cut.entering(number)[image] for number in self._layers}
             first += frames
         self._forget()
         return found
@@ -113,8 +120,3 @@ def is_vision_attention(module: nn.Module) -> bool:
 
 def _joined(frames: list[Seen]) -> Seen:
     return torch.cat([q for q, _, _ in frames]), torch.cat([k for _, k, _ in frames]), frames[0][2]
-
-
-def _rows(lists: list[Tensor]) -> Tensor:
-    """``[M, K]``: ragged lists, -1 behind the shorter ones."""
-    return torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)

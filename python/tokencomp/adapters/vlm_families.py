@@ -9,13 +9,14 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.vlm_cut import CropCut, PackedCut
+from tokencomp.adapters.vlm_cut import CropCut, square
 from tokencomp.adapters.vlm_encoder import EncoderLook
+from tokencomp.adapters.vlm_packed import PackedCut
 from tokencomp.methods.encoder import EncoderMethod
 from tokencomp.methods.visual import VisualMethod
 from tokencomp.visual_attention import SeenEncoder
@@ -60,10 +61,10 @@ class Way:
     def look(self, base: Any, method: VisualMethod) -> EncoderLook:
         """What looks on while the encoder runs, and cuts where the method does."""
         look = EncoderLook(base.vision_tower, base.multi_modal_projector, method.looks_at)
-        if isinstance(method, EncoderMethod):
+        if cuts(method, look.layers):
             depth = base.config.vision_feature_layer
             last = max(d % (look.layers + 1) for d in (depth if isinstance(depth, list) else [depth])) - 1
-            groups = self.groups(base) or 1
+            groups = self.groups(base)
             look.cut = CropCut(base.vision_tower, look.attentions, method, last, look.prefix, groups)
         return look
 
@@ -147,9 +148,13 @@ class OneVision(Tiled):
         """See ``Way``."""
         if kind == "image":
             return super().encoded(base, look, features, given, kind)
+        if "pixel_values_videos" not in given:  # transformers 5.4 puts the newline elsewhere
+            raise ValueError("compress: videos of LLaVA-OneVision need a newer transformers (5.23 works)")
         encoder, frames = look.taken(), int(given["pixel_values_videos"].shape[1])
         if encoder.left is not None:
-            raise ValueError("compress: frames of this model are made smaller behind the encoder; cut later")
+            raise ValueError(
+                "compress: frames of this model are made smaller behind the encoder; choose tokens there"
+            )
         encoder.pool = base.apply_pooling
         tokens, x = (len(features[0]) - 1) // frames, torch.stack(features)
         source = torch.arange(len(features[0]), device=x.device)
@@ -198,15 +203,13 @@ class Packed(Way):
         return ("image", "video") if hasattr(base, "get_video_features") else ("image",)
 
     def look(self, base: Any, method: VisualMethod) -> EncoderLook:
-        """See ``Way``. Raises ValueError where a method would cut patches out of windows."""
+        """See ``Way``."""
         look = EncoderLook(base.visual, base.visual.merger, method.looks_at)
-        if isinstance(method, EncoderMethod):
-            if getattr(base.config.vision_config, "fullatt_block_indexes", None) is not None:
-                raise ValueError(
-                    f"compress: {type(method).__name__} leaves patches out between encoder layers, but "
-                    f"{_plain(base.visual).__name__} attends in windows; choose its tokens behind the encoder"
-                )
-            groups = base.visual.spatial_merge_size**2
+        if cuts(method, look.layers):
+
+            def groups(height: int, width: int) -> Tensor:
+                return self._groups(base, (1, height, width), base.visual.spatial_merge_size)
+
             look.cut = PackedCut(base.visual, look.attentions, method, look.layers - 1, 0, groups)
         return look
 
@@ -219,17 +222,17 @@ class Packed(Way):
         encoders = look.taken_by_image([(t, h * w) for t, h, w in grids])
         found = []
         for (t, h, w), f, encoder in zip(grids, features, encoders, strict=True):
-            encoder.groups = self._groups(base, (1, h, w), merge, f.device)
+            encoder.groups = self._groups(base, (1, h, w), merge).to(f.device)
             image = Image(f, list(range(t)), torch.arange(len(f), device=f.device))
             x = f.view(t, -1, f.shape[1])
             found.append(Encoded(encoder, x, (h // merge, w // merge), [image]))
         return found
 
-    def _groups(self, base: Any, grid: tuple[int, int, int], merge: int, device: torch.device) -> Tensor:
+    def _groups(self, base: Any, grid: tuple[int, int, int], merge: int) -> Tensor:
         """``[n, merge * merge]``: the patches of each token, in the order in which layers have them."""
         patches = grid[0] * grid[1] * grid[2]
-        groups = torch.arange(patches, device=device).view(-1, merge * merge)
-        visual, sizes = base.visual, torch.tensor([grid], device=device)
+        groups = torch.arange(patches).view(-1, merge * merge)
+        visual, sizes = base.visual, torch.tensor([grid])
         if hasattr(visual, "get_window_index"):  # before transformers 5.10 or so
             index = visual.get_window_index(sizes)[0]
         else:
@@ -237,9 +240,9 @@ class Packed(Way):
             if function is None:
                 return groups
             index = function(sizes, merge, visual.window_size, visual.patch_size)[0]
-        index = torch.as_tensor(index, device=device)
+        index = torch.as_tensor(index)
         place = torch.empty_like(index)
-        place[index] = torch.arange(len(index), device=device)
+        place[index] = torch.arange(len(index))
         return groups[place]
 
 
@@ -250,15 +253,14 @@ FAMILIES = (
 )
 
 
+def cuts(method: VisualMethod, layers: int) -> TypeGuard[EncoderMethod]:
+    """Whether ``method`` leaves patches out of an encoder of so many layers."""
+    return isinstance(method, EncoderMethod) and bool(method.cuts_after(layers - 1))
+
+
 def way_of(base: nn.Module) -> Way | None:
     """How ``base`` makes visual tokens; None where it makes none that is known."""
     return next((way for way in WAYS if way.matches(base)), None)
-
-
-def square(tokens: int) -> tuple[int, int] | None:
-    """The grid of so many tokens, if they are a square."""
-    side = round(tokens**0.5)
-    return (side, side) if side * side == tokens else None
 
 
 def _layout(source: Tensor, tokens: int, crops: int) -> tuple[int, int]:

@@ -16,10 +16,13 @@ class Passes:
 
     def __init__(self) -> None:
         self.waiting: list[tuple[str, list[Encoded]]] = []
+        self.flops = (0, 0)  # of the encoder in all passes of the last prompt, and without a cut
+        self._spent: list[tuple[int, int]] = []  # in those that wait
 
-    def add(self, kind: str, encoded: list[Encoded]) -> None:
-        """One more pass."""
+    def add(self, kind: str, encoded: list[Encoded], flops: tuple[int, int]) -> None:
+        """One more pass; ``flops`` as in the attribute."""
         self.waiting.append((kind, encoded))
+        self._spent.append(flops)
 
     def rename(self, kind: str) -> None:
         """The last pass was of this kind."""
@@ -40,7 +43,9 @@ class Passes:
                 at = _places(base, kind, ids).flatten().nonzero()[:, 0]
                 first = torch.tensor([0, *(len(image.features) for _, image in units[:-1])]).cumsum(0)
                 found += zip(at[first.to(at.device)].tolist(), units, strict=True)
+        self.flops = sum(done for done, _ in self._spent), sum(dense for _, dense in self._spent)
         self.waiting.clear()
+        self._spent.clear()
         return [unit for _, unit in sorted(found, key=lambda entry: entry[0])] or None
 
     def _of_kind(self, kind: str, given: Any) -> Chosen:

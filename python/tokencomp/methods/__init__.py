@@ -23,11 +23,12 @@ from tokencomp.methods.diffrate import DiffRate
 from tokencomp.methods.divprune import DivPrune
 from tokencomp.methods.duo_attention import DuoAttention
 from tokencomp.methods.ems import EMS
-from tokencomp.methods.encoder import EncoderMethod, EncoderView
+from tokencomp.methods.encoder import EncoderKeep, EncoderMethod, EncoderView
 from tokencomp.methods.fastervlm import FasterVLM
 from tokencomp.methods.fastv import FastV
 from tokencomp.methods.flexprefill import FlexPrefill
 from tokencomp.methods.flowcut import FlowCut
+from tokencomp.methods.flowcut_stage2 import FlowCutStage2
 from tokencomp.methods.fopru import FoPru
 from tokencomp.methods.globalcom2 import GlobalCom2
 from tokencomp.methods.gtp import GTP
@@ -136,6 +137,7 @@ __all__ = [
     "DiffRate",
     "DivPrune",
     "DuoAttention",
+    "EncoderKeep",
     "EncoderMethod",
     "EncoderView",
     "FarMass",
@@ -143,6 +145,7 @@ __all__ = [
     "FasterVLM",
     "FlexPrefill",
     "FlowCut",
+    "FlowCutStage2",
     "FoPru",
     "GlobalCom2",
     "HiPrune",

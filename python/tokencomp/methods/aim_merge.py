@@ -11,7 +11,7 @@ from tokencomp.methods.matching import Plan
 from tokencomp.methods.visual import VisualKeep, VisualView
 
 
-@base.register("aim_merge", paper="2412.03248", stage="visual tokens, before the first LLM layer")
+@base.register("aim_merge", paper="2412.03248", stage="visual tokens, before the first LLM layer; merges")
 @dataclass(frozen=True)
 class AIMMerge:
     """Rounds of bipartite merging in each crop: even tokens into the odd ones most like them.

@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from tokencomp import ops
 from tokencomp._typed import check_fields, says
 
 C = TypeVar("C", bound=type)
@@ -70,6 +72,11 @@ def _check_knobs(cls: Any) -> None:
         try:
             init(self, *arguments, **knobs)
         except Exception as error:
+            fields = [field.name for field in dataclasses.fields(cls)]
+            unknown = sorted(set(knobs) - set(fields))
+            if unknown:
+                known = ", ".join(fields)
+                raise TypeError(f"{cls.__name__}: knobs are {known}, got {unknown[0]!r}") from error
             if not says(error, cls):
                 check_fields(self, cls)  # the fields are set before their values are checked
             raise
@@ -90,7 +97,9 @@ def check_iterations(method: str, iterations: int) -> None:
 def get(name: str) -> Method:
     """The method registered as ``name``. Raises KeyError with the known names."""
     if name not in _registry:
-        raise KeyError(f"methods: name must be one of {sorted(_registry)}, got {name!r}")
+        like = get_close_matches(name.lower().replace("-", "_"), _registry, n=1, cutoff=0.7)
+        hint = f"; did you mean {like[0]!r}?" if like else ""
+        raise KeyError(f"methods: name must be one of {sorted(_registry)}, got {name!r}{hint}")
     return _registry[name]
 
 
@@ -127,20 +136,20 @@ def first_picks(picks: Tensor, counts: list[int]) -> Tensor:
     return torch.where(torch.arange(picks.shape[1], device=picks.device) < limit, picks, -1)
 
 
-def ascending(picks: Tensor) -> Tensor:
-    """``picks`` ``[B, K]`` in ascending order of token, holes (-1) last: the order tokens are fed on in."""
+def ascending(picks: Tensor, *, holes: bool = True) -> Tensor:
+    """``picks`` ``[B, K]`` in ascending order of token, the order tokens are fed on in; ``holes``: some may
+    be -1, which come last.
+    """
+    if not holes:
+        return picks.sort(dim=1).values
     last = torch.iinfo(picks.dtype).max
     ordered = torch.where(picks < 0, last, picks).sort(dim=1).values
     return torch.where(ordered == last, -1, ordered)
 
 
 def best_token(score: Tensor, lengths: Tensor | None) -> Tensor:
-    """``[B, 1]`` int32, the token of largest ``score`` ``[B, N]`` below each length; ties: lowest index, NaN:
-    -inf.
+    """``[B, 1]`` int32, the token of largest ``score`` ``[B, N]`` below each length, 0 where that is 0; ties:
+    lowest index, NaN: -inf.
     """
-    tokens = torch.arange(score.shape[1], device=score.device)
-    known = torch.where(score.isnan(), float("-inf"), score)
-    if lengths is not None:
-        known = torch.where(tokens < lengths.to(score.device)[:, None], known, float("-inf"))
-    is_best = known == known.amax(dim=1, keepdim=True)
-    return torch.where(is_best, tokens, score.shape[1]).amin(dim=1, keepdim=True).to(torch.int32)
+    index, _ = ops.topk_select(score.contiguous(), 1, lengths=lengths)
+    return index if lengths is None else index.clamp(min=0)

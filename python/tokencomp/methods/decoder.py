@@ -17,7 +17,7 @@ from tokencomp import ragged
 from tokencomp.methods import base, visual
 from tokencomp.methods.decoder_attention import PromptAttention
 
-WATCHES = ("transition", "activation")
+WATCHES = ("transition", "activation", "value")
 
 
 class Transition(NamedTuple):
@@ -44,6 +44,7 @@ class DecoderView:
     transition: tuple[Transition, Transition] | None = None  # of attention and MLP; see ``DecoderMethod``
     activation: Tensor | None = None  # [B, W, F] what the MLP projects down; see ``DecoderMethod``
     key: Tensor | None = None  # [B, W] bool: ``VisualKeep.key`` of the method before the first layer
+    value: Tensor | None = None  # [B, Hkv, W, D] of this layer's attention; see ``DecoderMethod``
     scratch: dict[str, Any] = field(default_factory=dict)  # of this prompt, for all layers
 
     @property
@@ -96,7 +97,7 @@ class DecoderMethod(Protocol):
 
     @property
     def watches(self) -> Collection[str]:
-        """What views are to have beside attention: ``transition``, ``activation``."""
+        """What views are to have beside attention, some of ``WATCHES``."""
 
     def acts_after(self, layers: int) -> tuple[int, ...]:
         """Layers, of so many, behind which it is asked: in [-1, layers - 2], -1 being before the first.

@@ -63,6 +63,16 @@ class PromptAttention:
             total += torch.where(seen, p, 0.0)
         return (total / q.shape[1])[:, :, self.before :], position >= 0
 
+    def products(self, rows: Tensor) -> Tensor:
+        """``[B, Hq, R, W]`` float32: logits of the queries of ``rows`` ``[B, W]`` bool and the keys of all
+        rows, whether these see them or not. For few rows.
+        """
+        q, _ = self._queries(rows)
+        k = self.k[:, :, self.before :].float()
+        shared = q.float().unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G R, D]
+        logits = (self.scale * (shared @ k.mT)).view(*q.shape[:3], -1)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
     def stationary(self, alive: Tensor, *, temperature: float, iterations: int, damping: float = 0) -> Tensor:
         """``[B, W]`` float32: importance by power iteration on the attention among ``alive`` rows.
 

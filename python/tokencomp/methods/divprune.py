@@ -36,7 +36,7 @@ class DivPrune:
 
     def select(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """Like ``picks``, in ascending order of token: the order in which kept tokens are fed on."""
-        return base.ascending(self.picks(x, lengths=lengths))
+        return base.ascending(self.picks(x, lengths=lengths), holes=lengths is not None)
 
     def looks_at(self, layers: int) -> tuple[int, ...]:
         """See ``VisualMethod``: nothing."""

@@ -31,6 +31,7 @@ class EncoderView:
     tokens: int  # visual tokens a crop began with
     left: int  # of these, that are still there
     token: Tensor | None = None  # [M, n] int64 in [0, left): of each patch; None: each is one
+    grid: tuple[int, int] | None = None  # rows and columns of the ``tokens``, whose order is by row
     scratch: dict[str, Any] = field(default_factory=dict)  # of this pass, for all layers
 
     def by_token(self, score: Tensor) -> Tensor:
@@ -40,6 +41,20 @@ class EncoderView:
         mean, _ = ops.merge_tokens(score[..., None], self.token, self.left)
         return mean[..., 0]
 
+    def patches(self) -> Tensor:
+        """``[M, left, g]`` int64: the patches of each token, ascending."""
+        if self.token is None:
+            return torch.arange(self.left, device=self.x.device).expand(self.x.shape[0], -1)[..., None]
+        return self.token.sort(stable=True, dim=1).indices.view(self.x.shape[0], self.left, -1)
+
+
+@dataclass(frozen=True)
+class EncoderKeep:
+    """The tokens that go on, where their patches are to become something else."""
+
+    index: Tensor  # [M, K] int32, ascending, of those left
+    x: Tensor  # [M, n', C] their patches, in the order in which the layer has them
+
 
 @runtime_checkable
 class EncoderMethod(Protocol):
@@ -48,7 +63,7 @@ class EncoderMethod(Protocol):
     def cuts_after(self, last: int) -> tuple[int, ...]:
         """Layers, of those before ``last``, behind which it looks on and may cut; from 0."""
 
-    def cut(self, view: EncoderView) -> Tensor | None:
+    def cut(self, view: EncoderView) -> Tensor | EncoderKeep | None:
         """``[M, K]`` int32: which of the tokens left go on, ascending; None: all."""
 
 

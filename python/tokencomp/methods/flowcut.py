@@ -21,10 +21,10 @@ class FlowCut(encoder.CutInEncoder):
     the entropy of ``g / sum g`` as a share of ``ln N``, the largest such number of a batch; before the last
     layer that makes the features all but T. What is cut is missing in all later layers.
 
-    Without CLS the mean query stands in for it and ``s = g u`` (the authors' code for Qwen2-VL). Where
-    several patches make a token whole tokens go, by the mean of S, and stay in place; that code drops single
-    patches and makes tokens of any four. The paper's second stage, in the language model, is not part of
-    this.
+    Without CLS the mean query stands in for it and ``s = g u`` (the authors' code for Qwen2-VL), over all
+    patches also in layers that attend in windows (Qwen2.5-VL, which the authors did not try). Where several
+    patches make a token whole tokens go, by the mean of S, and stay in place; that code drops single patches
+    and makes tokens of any four. The paper's second stage is ``FlowCutStage2``.
     """
 
     keep: float = field(

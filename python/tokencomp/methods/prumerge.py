@@ -10,7 +10,9 @@ from tokencomp.methods import base, matching, pruning
 from tokencomp.methods.visual import VisualKeep, VisualView
 
 
-@base.register("prumerge", paper="2403.15388", stage="visual tokens, between vision encoder and projector")
+@base.register(
+    "prumerge", paper="2403.15388", stage="visual tokens, between vision encoder and projector; merges"
+)
 @dataclass(frozen=True)
 class PruMerge:
     """Keeps as many tokens as CLS attends to unusually much; each takes in its most similar tokens.

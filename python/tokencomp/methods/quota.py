@@ -12,7 +12,9 @@ from tokencomp.methods import base
 from tokencomp.methods.visual import VisualKeep, VisualView
 
 
-@base.register("quota", paper="2503.08689", stage="visual tokens, before the first LLM layer; video frames")
+@base.register(
+    "quota", paper="2503.08689", stage="visual tokens, before the first LLM layer; video frames; merges"
+)
 @dataclass(frozen=True)
 class QuoTA:
     """A budget over frames in proportion to the squares of their scores, and smaller maps of frames.

@@ -11,7 +11,7 @@ from tokencomp.methods.prumerge import outlier_count
 from tokencomp.methods.visual import VisualKeep, VisualView, at_layer, best, merged_into, unit
 
 
-@base.register("tcc", paper="2407.14439", stage="visual tokens, before the first LLM layer")
+@base.register("tcc", paper="2407.14439", stage="visual tokens, before the first LLM layer; merges")
 @dataclass(frozen=True)
 class TCC:
     """Crops with many like patches keep few: as many as patches that are not redundant.

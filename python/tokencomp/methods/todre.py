@@ -88,7 +88,8 @@ class ToDRE:
         lengths: Tensor | None = None,
     ) -> Tensor:
         """Like ``picks``, in ascending order of token: the order in which kept tokens are fed on."""
-        return base.ascending(self.picks(x, cls_score=cls_score, pivot=pivot, lengths=lengths))
+        picks = self.picks(x, cls_score=cls_score, pivot=pivot, lengths=lengths)
+        return base.ascending(picks, holes=lengths is not None)
 
     def looks_at(self, layers: int) -> tuple[int, ...]:
         """See ``VisualMethod``: the last layer, for the pivot."""

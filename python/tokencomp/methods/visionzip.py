@@ -10,7 +10,7 @@ from tokencomp.methods import base
 from tokencomp.methods.visual import VisualKeep, VisualView, at_layer, best, of_mask, unit
 
 
-@base.register("visionzip", paper="2412.04467", stage="visual tokens, before the first LLM layer")
+@base.register("visionzip", paper="2412.04467", stage="visual tokens, before the first LLM layer; merges")
 @dataclass(frozen=True)
 class VisionZip:
     """The tokens CLS attends to most, and evenly spaced others, each with the mean of those like it added.

@@ -10,7 +10,7 @@ from tokencomp.methods import base
 from tokencomp.methods.visual import VisualKeep, VisualView, at_layer, best, merged_into, unit
 
 
-@base.register("vscan", paper="2505.22654", stage="visual tokens, before the first LLM layer")
+@base.register("vscan", paper="2505.22654", stage="visual tokens, before the first LLM layer; merges")
 @dataclass(frozen=True)
 class VScan:
     """Half by the attention of CLS in a shallow layer, window by window, half in a deep layer; others merge.
