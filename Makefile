@@ -29,8 +29,9 @@ format: $(VENV)/installed
 
 bench: build
 	$(BIN)/python bench/run.py
+	$(BIN)/python bench/targets.py
 
-# A wheel of this Python and machine in dist/, with the CUDA library where nvcc is (TOKENCOMP_CUDA=0: without), then a
+# A wheel for this machine and every Python from 3.10 on in dist/, with the CUDA library where nvcc is (TOKENCOMP_CUDA=0: without), then a
 # check of it, installed alone into an empty folder.
 wheel: build
 	rm -rf build/lib.* build/bdist* dist
@@ -69,9 +70,9 @@ sanitize: $(VENV)/tokencomp
 	PYTHON=$(BIN)/python JOBS=$(JOBS) bash tests/sanitize_cpu.sh
 
 # ---- on a machine with a GPU ---------------------------------------------------------------------------------------
-# No network and no virtual environment: the Python given by PYTHON= brings PyTorch (CUDA), pybind11, cmake, ninja, pytest.
+# No network and no virtual environment: the Python given by PYTHON= brings PyTorch (CUDA), cmake, ninja, pytest.
 gpu-check:
 	PYTHON=$(PYTHON) OUT=$(OUT) bash bench/gpu_check.sh
 
 clean:
-	rm -rf build out python/tokencomp/lib python/tokencomp/_host*.so
+	rm -rf build out python/tokencomp/lib python/tokencomp/_*.so

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import decode_types
+import engines
 import torch
 from common import Row, command, interleaved_seconds
 from tokencomp import ops
@@ -101,7 +102,7 @@ def contenders(t: dict[str, Tensor]) -> dict[str, Callable[[int], Any]]:
     }
     if k.shape[2] > LISTED:
         found["tokencomp list"] = lambda _: ours(t, index=t["index"])
-    return found
+    return found | engines.decode(q, k, v)
 
 
 def measure(p: Problem, device: str) -> list[Row]:
@@ -124,6 +125,10 @@ def check(p: Problem, device: str) -> None:
     error = (ours(t) - exact).abs().max() / size.max()
     if not error <= 2 * peer + 1e-6:
         raise SystemExit(f"{p.name}: relative error {error:.3g}, the peer's {peer:.3g}")
+    for name, call in engines.decode(t["q"], t["k"], t["v"]).items():
+        off = (call(0).view(exact.shape) - exact).abs().max() / size.max()
+        if not off <= 4 * peer + 1e-6:
+            raise SystemExit(f"{p.name}: {name} is off by {off:.3g}: not called as it should be")
 
 
 def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]:

@@ -3,22 +3,28 @@
     python bench/bench_merge.py [--device cpu|cuda] [--threads n] [--out file.json] [--check] [--quick]
 
 Shapes: ViT-B/16 (197 tokens of 768 channels), ViT-L/14 at 336 pixels (577 of 1024), and 4096 tokens of which
-half merge; keys of 64 channels are the metric. Contenders take turns, and the best time of each counts.
+half merge; keys of 64 channels are the metric. ToMeSD merges half of a diffusion model's grid ahead of a
+block and copies the block's result back behind it; its peer is the package tomesd, where it is installed.
+Contenders take turns, and the best time of each counts.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from common import Row, command, interleaved_seconds, rotating
 from tokencomp import ops, token_map
+from tokencomp.methods import ToMeSD
 from tokencomp.reference.merge_plain import plain_pitome, plain_tome
 from torch import Tensor
 
 D = 64
 SHAPES = ((8, 197, 768, 16), (8, 577, 1024, 16), (8, 4096, 1024, 2047))
 DTYPES = (torch.float32, torch.bfloat16)
+GRIDS = ((2, 64, 320), (2, 96, 320))  # first blocks of Stable Diffusion 1.5 and 2.1: batch, side, channels
 MARGIN = 0.5
 
 
@@ -123,6 +129,33 @@ def stages(p: Problem, device: str) -> Iterator[tuple[str, float, float, Contend
     )
 
 
+def sd_ours(x: Tensor, side: int) -> Tensor:
+    plan = ToMeSD().plan(x, side, side)
+    return plan.unmerge(plan.merge(x))
+
+
+def sd_peer(x: Tensor, side: int) -> Tensor:
+    matching = import_module("tomesd.merge").bipartite_soft_matching_random2d
+    merge, unmerge = matching(x, side, side, 2, 2, x.shape[1] // 2, no_rand=True)
+    found: Tensor = unmerge(merge(x))
+    return found
+
+
+def diffusion(
+    batch: int, side: int, channels: int, dtype: torch.dtype, device: str
+) -> tuple[str, Contenders]:
+    """Around a block that does nothing, of both results the same."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, side * side, channels, generator=g).to(device, dtype)
+    calls: Contenders = {"tokencomp": lambda _: sd_ours(x, side)}
+    if find_spec("tomesd"):
+        calls["tomesd"] = lambda _: sd_peer(x, side)
+        error = (sd_ours(x, side) - sd_peer(x, side)).abs().max().item()
+        if dtype == torch.float32 and not error < 1e-5:
+            raise SystemExit(f"merge: ToMeSD on {side} x {side} tokens differs from tomesd by {error:.3g}")
+    return f"ToMeSD {batch}x{side}x{side}x{channels} half {str(dtype).removeprefix('torch.')}", calls
+
+
 def check(p: Problem, device: str) -> None:
     """The merged tokens equal those of the plain formulation, in float32, where no two similarities tie."""
     if p.dtype != torch.float32:
@@ -134,6 +167,15 @@ def check(p: Problem, device: str) -> None:
         raise SystemExit(f"{p.name}: merged tokens differ from the plain formulation")
 
 
+def measured(name: str, flops: float, size: float, contenders: Contenders, device: str) -> list[Row]:
+    times = interleaved_seconds(contenders, device)
+    print(f"{name}: " + ", ".join(f"{who} {s * 1e3:.3f} ms" for who, s in times.items()), file=sys.stderr)
+    return [
+        Row("merge", name, who, seconds, flops, size, baseline=who in ("plain", "clone", "tomesd"))
+        for who, seconds in times.items()
+    ]
+
+
 def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]:
     rows: list[Row] = []
     for shape in SHAPES[: 1 if quick else None]:
@@ -142,15 +184,14 @@ def run(device: str, *, quick: bool = False, checked: bool = False) -> list[Row]
             if checked:
                 check(p, device)
             for name, flops, size, contenders in stages(p, device):
-                times = interleaved_seconds(contenders, device)
-                rows += [
-                    Row("merge", name, who, seconds, flops, size, baseline=who in ("plain", "clone"))
-                    for who, seconds in times.items()
-                ]
-                print(
-                    f"{name}: " + ", ".join(f"{who} {s * 1e3:.3f} ms" for who, s in times.items()),
-                    file=sys.stderr,
-                )
+                rows += measured(name, flops, size, contenders, device)
+    for grid in GRIDS[: 1 if quick else None]:
+        for dtype in DTYPES:
+            name, contenders = diffusion(*grid, dtype, device)
+            batch, side, channels = grid
+            pairs = batch * (side**2 // 4) * (side**2 * 3 // 4)
+            size = 4.0 * batch * side**2 * channels * dtype.itemsize
+            rows += measured(name, 2.0 * pairs * channels, size, contenders, device)
     return rows
 
 

@@ -6,7 +6,8 @@ Shapes are one layer of an 8B language model scaled to 8 query heads, causal. Sp
 the diagonal, a random share of the visible 64 x 64 blocks of each head (on CUDA, where another kernel takes
 them, of 128 x 64 blocks too); their peer is torch's dense attention, the time a user would otherwise pay.
 GFLOP/s are of the pairs a contender computes: those seen by a row, or of the listed blocks. Contenders take
-turns and the best of each counts.
+turns and the best of each counts. At 4096 tokens ``flex_attention`` takes part, compiled, causal and with the
+same blocks.
 
 Pages: the last rows of a prompt over a cache in pages of 64, its history in working pages or in int4, against
 the same keys and values laid out densely.
@@ -19,6 +20,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import engines
 import torch
 from common import Row, command, interleaved_seconds
 from tokencomp import block_lists, ops, reference
@@ -29,6 +31,7 @@ from torch.nn import functional
 
 HQ, HKV, D = 8, 2, 128
 BLOCK, PAGE = 64, 64
+FLEX = 4096  # tokens at which flex_attention is measured: it compiles for each problem
 DENSITIES = (0.25, 0.1)
 
 
@@ -91,6 +94,27 @@ def _sparse(q: Tensor, k: Tensor, v: Tensor, indptr: Tensor, indices: Tensor, bl
     return ops.flash_prefill(q, k, v, indptr=indptr, indices=indices, block_q=block_q)[0]
 
 
+def flex(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor) -> Callable[[int], Any]:
+    """torch's compiled attention over the chosen blocks, below the diagonal."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    diagonal = torch.eye(chosen.shape[-1], dtype=torch.bool, device=chosen.device)
+
+    def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        return blocks.sum(-1).int(), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+
+    # whole blocks need no look at their pairs, those on the diagonal do
+    mask = BlockMask.from_kv_blocks(
+        *ordered(chosen & diagonal), *ordered(chosen & ~diagonal), BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=causal
+    )
+    compiled: Any = torch.compile(flex_attention)
+    return lambda _: compiled(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def causal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+    return row >= key
+
+
 def measure(p: Problem, device: str) -> list[Row]:
     q, k, v = p.tensors(device)
     calls: dict[str, Callable[[int], Any]] = {
@@ -98,15 +122,24 @@ def measure(p: Problem, device: str) -> list[Row]:
         "torch": lambda _: torch_attention(q, k, v),
     }
     flops = dict.fromkeys(calls, 4.0 * HQ * D * p.pairs)
+    calls |= engines.prefill(q, k, v)
+    flops |= dict.fromkeys(calls, flops["torch"])
+    flexed = p.rows == p.keys == FLEX and p.dtype == torch.bfloat16
+    if flexed:
+        calls["flex"] = flex(q, k, v, p.blocks(1.0, BLOCK, device))
+        flops["flex"] = flops["torch"]
     for density, block_q in product(DENSITIES, (64,) if device == "cpu" else (64, 128)):
         chosen = p.blocks(density, block_q, device)
         name = f"tokencomp {100 * density:.0f} % of blocks" + " of 128 rows" * (block_q == 128)
         indptr, indices = block_lists.block_mask_to_csr(chosen)
         calls[name] = partial(_sparse, q, k, v, indptr, indices, block_q)
         flops[name] = 4.0 * D * block_q * BLOCK * float(chosen.sum())
+        if flexed and block_q == BLOCK:
+            peer = f"flex {100 * density:.0f} % of blocks"
+            calls[peer], flops[peer] = flex(q, k, v, chosen), flops[name]
     best = interleaved_seconds(calls, device, repeats=20, budget=12)
     return [
-        Row("prefill", p.name, name, seconds, flops[name], p.bytes, baseline=name == "torch")
+        Row("prefill", p.name, name, seconds, flops[name], p.bytes, baseline=not name.startswith("tokencomp"))
         for name, seconds in best.items()
     ]
 
@@ -154,6 +187,10 @@ def check(p: Problem, device: str) -> None:
     drift = (lse[:, :, rows].cpu().double() - exact[1]).abs().max().item()
     peer = (out.float() - torch_attention(q, k, v).float()).abs().max().item()
     bound = 1e-5 if p.dtype == torch.float32 else 0.05
+    for name, call in engines.prefill(q, k, v).items():
+        off = (call(0).view(p.rows, HQ, D).transpose(0, 1).float() - out[0].float()).abs().max().item()
+        if not off < bound:
+            raise SystemExit(f"{p.name}: {name} is off by {off:.3g}: not called as it should be")
     if not (error < bound and drift < 1e-5 and peer < bound):
         raise SystemExit(f"{p.name}: output error {error:.3g}, lse {drift:.3g}, off torch by {peer:.3g}")
 

@@ -2,11 +2,14 @@
 
 Times are medians over repeats after a warm-up; inputs rotate through copies larger than the caches where they
 fit in memory. On CUDA, events time the device. Ceilings: copy bandwidth and matrix-product rate with the same
-threads, and copy bandwidth with one.
+threads, and copy bandwidth with one. What one contender frees stays in the process, so that no other one pays
+for giving it back to the system or for getting it again.
 """
 
 import argparse
+import ctypes
 import datetime
+import gc
 import json
 import os
 import platform
@@ -39,8 +42,10 @@ class Seconds(float):
 
 
 def estimate(times: Sequence[float], of: Callable[[Sequence[float]], float]) -> Seconds:
-    """One time from those of several repeats."""
+    """One time from those of several repeats; a single one tells no noise."""
     seconds = of(times)
+    if len(times) < 2:
+        return Seconds(seconds)
     return Seconds(seconds, abs(of(times[::2]) - of(times[1::2])) / seconds)
 
 
@@ -57,6 +62,7 @@ class Row:
     baseline: bool = False  # a peer that speed-ups are quoted against
     tokens: float = 0.0  # that one call processes, where a model runs
     held: float = 0.0  # bytes of the model's cache behind the prompt
+    peak: float = 0.0  # most bytes at once, above those of the model; 0: not measured
 
     @property
     def noise(self) -> float:
@@ -143,6 +149,49 @@ def clock(*, processor: bool) -> Iterator[None]:
         _clock = before
 
 
+@contextmanager
+def peak_bytes(device: str, found: list[float]) -> Iterator[None]:
+    """Appends to ``found`` the most bytes at once inside, above those before: of the GPU's allocator, else of
+    memory resident for the process, what operators allocate inside themselves included. Nothing is appended
+    where the system cannot tell.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield
+        found.append(float(torch.cuda.max_memory_allocated() - before))
+        return
+    reset = Path("/proc/self/clear_refs")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed earlier stays resident and hides what is new
+        reset.write_text("5")  # the peak begins anew
+    except (OSError, AttributeError):
+        yield
+        return
+    before = _status("VmRSS")
+    yield
+    found.append(float(_status("VmHWM") - before))
+
+
+def _status(key: str) -> int:
+    """Bytes from what Linux says about the process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
+
+
+def keep_freed_memory() -> bool:
+    """Whether freed memory stays in the process from now on, whatever its size: where the C library is glibc.
+
+    Otherwise the free that lets the heap's unused end grow beyond a limit gives all of it back. That can be a
+    call that freed kilobytes, of megabytes that the contender before it had, and it takes milliseconds.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    return mallopt is not None and bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+
+
 def rotating(x: Tensor) -> list[Tensor]:
     """Copies of ``x`` to take turns, so that none is found in a cache; at most 8."""
     copies = min(8, 1 + ROTATE_BYTES // max(1, x.numel() * x.element_size()))
@@ -209,7 +258,7 @@ def machine(device: str) -> dict[str, str]:
     return facts
 
 
-PEERS = ("transformers", "kvpress", "optimum-quanto", "hqq")  # packages that benches compare with
+PEERS = ("transformers", "kvpress", "optimum-quanto", "hqq", "tomesd", "flash-attn", "flashinfer-python")
 
 
 def peers() -> dict[str, str]:
@@ -244,6 +293,7 @@ def _columns(rows: list[Row], ceilings: Ceilings) -> dict[str, Callable[[Row], s
         return {
             "tokens/s": lambda row: f"{row.tokens / row.seconds:.1f}" if row.tokens else "",
             "cache MB": lambda row: f"{row.held / 1e6:.2f}" if row.held else "",
+            "peak MB": lambda row: f"{row.peak / 1e6:.0f}" if row.peak else "",
         }
     return {
         "GB/s": lambda row: f"{row.gbytes:.1f}",
@@ -284,6 +334,7 @@ def command(run: Callable[..., list[Row]], description: str | None, *, products:
     parser = arguments(description)
     parser.add_argument("--out", type=Path, help="write the measurements as JSON")
     args = parser.parse_args()
+    keep_freed_memory()
     with threads(args.threads), clock(processor=args.processor):
         ceilings = measure_ceilings(args.device)
         rows = run(args.device, quick=args.quick, checked=args.check)

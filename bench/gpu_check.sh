@@ -50,7 +50,7 @@ assert cuda.loaded, cuda.reason"
 step conformance 60 "$PYTHON" -m pytest -q -m cuda tests/emu
 step tests 150 "$PYTHON" -m pytest -q -m "cuda and not slow" tests --ignore tests/emu
 step bench 150 "$PYTHON" bench/run.py --device cuda --check --skip model --out "$OUT/bench.md" --json "$OUT/bench.json"
-step model 60 "$PYTHON" bench/bench_model.py --device cuda --check --out "$OUT/model.json"
+step model 90 "$PYTHON" bench/bench_model.py --device cuda --check --out "$OUT/model.json"
 if command -v compute-sanitizer >/dev/null; then
   step memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" tests/sanitize.py
   step racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 1 "$PYTHON" tests/sanitize.py

@@ -25,6 +25,7 @@ from common import (  # noqa: E402
     arguments,
     clock,
     document,
+    keep_freed_memory,
     machine,
     measure_ceilings,
     peers,
@@ -93,6 +94,7 @@ def main() -> int:
     if unknown := {*names, *skipped} - set(families()):
         parser.error(f"no bench of {', '.join(sorted(unknown))}; there are {', '.join(families())}")
     names = [name for name in names if name not in skipped]
+    keep_freed_memory()
     with threads(args.threads), clock(processor=args.processor):
         ceilings = measure_ceilings(args.device)
         rows, failed = measure(names, args.device, quick=args.quick, checked=args.check)

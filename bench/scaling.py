@@ -1,12 +1,13 @@
-"""How the time of each family's main operators grows with the tokens: curves, fitted orders, one picture.
+"""How the time of each family's main operators grows: with tokens, sequences, budgets and densities.
 
-    python bench/scaling.py [--only FAMILY,...] [--largest TOKENS] [--out scaling.png]
+    python bench/scaling.py [--only FAMILY,...] [--largest SIZE] [--out scaling.png]
 
 With the problems of the benches, in bfloat16, on one thread, in time of the processor: others on the machine
-take turns with us, which would bend the curves. The order is the slope of log time over log tokens in the
+take turns with us, which would bend the curves. The order is the slope of log time over log size in the
 upper half of the sizes, by least squares; below, constant costs count. What it should be stands beside it: an
 operator that is worse by half an order fails the run. The curves of a family take turns at each size, and
-the best time of each counts. Data that no longer fits into a cache makes a curve steeper where that happens.
+the best time of each counts; a curve ends where a turn would take seconds. Data that no longer fits into a
+cache makes a curve steeper where that happens.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import bench_prefill
 import bench_score
 import bench_topk
 import torch
-from common import clock, cpu_name, now, rotating, threads
+from common import clock, cpu_name, keep_freed_memory, now, rotating, threads
 from tokencomp import block_lists, ops
 from tokencomp.eval.plots import COLOURS
 
@@ -38,12 +39,13 @@ Calls = dict[str, Callable[[int], Any]]
 
 @dataclass(frozen=True)
 class Family:
-    """Curves over the same sizes; ``orders`` by curve, None for a peer."""
+    """Curves over the same sizes; ``orders`` by curve, None for a peer. ``calls`` of a size may lack some."""
 
     name: str
     sizes: tuple[int, ...]
     orders: dict[str, float | None]
     calls: Callable[[int], Calls]
+    along: str = "tokens"
 
 
 def powers(first: int, last: int) -> tuple[int, ...]:
@@ -63,21 +65,46 @@ def decode(tokens: int) -> Calls:
     }
 
 
+def decode_batch(sequences: int) -> Calls:
+    every = bench_decode.contenders(bench_decode.Problem(4096, 32, HALF, sequences).tensors("cpu"))
+    return {"paged_decode": every["tokencomp"], "sdpa": every["sdpa folded"]}
+
+
+def decode_budget(slots: int) -> Calls:
+    t = bench_decode.Problem(65536, 32, HALF).tensors("cpu")
+    g = torch.Generator().manual_seed(1)
+    few = [torch.randperm(65536, generator=g)[:slots].sort().values for _ in range(4 * bench_decode.HKV)]
+    lists = torch.stack(few).view(4, 1, bench_decode.HKV, -1).int()
+    return {"paged_decode of listed slots": lambda turn: bench_decode.ours(t, index=lists[turn % 4])}
+
+
+def listed(p: bench_prefill.Problem, share: float) -> Callable[[int], Any]:
+    q, k, v = p.tensors("cpu")
+    indptr, indices = block_lists.block_mask_to_csr(p.blocks(share, 64, "cpu"))
+    return lambda _: ops.flash_prefill(q, k, v, indptr=indptr, indices=indices, block_q=64)
+
+
 def prefill(tokens: int) -> Calls:
     p = bench_prefill.Problem(tokens, tokens, HALF)
     q, k, v = p.tensors("cpu")
-    share = min(1.0, 512 / tokens)  # about eight blocks of 64 a row of blocks
-    indptr, indices = block_lists.block_mask_to_csr(p.blocks(share, 64, "cpu"))
-    return {
-        "flash_prefill": lambda _: ops.flash_prefill(q, k, v),
-        "8 blocks a row": lambda _: ops.flash_prefill(q, k, v, indptr=indptr, indices=indices, block_q=64),
-        "sdpa": lambda _: bench_prefill.torch_attention(q, k, v),
-    }
+    calls: Calls = {}
+    if tokens <= 16384:
+        calls["flash_prefill"] = lambda _: ops.flash_prefill(q, k, v)
+    calls["8 blocks a row"] = listed(p, min(1.0, 512 / tokens))  # about eight blocks of 64 a row of blocks
+    if tokens <= 8192:
+        calls["sdpa"] = lambda _: bench_prefill.torch_attention(q, k, v)
+    return calls
+
+
+def prefill_density(percent: int) -> Calls:
+    return {"flash_prefill of listed blocks": listed(bench_prefill.Problem(8192, 8192, HALF), percent / 100)}
 
 
 def score(tokens: int) -> Calls:
     found: Calls = {}
     for name, rows in (("column_score", tokens), ("of 64 queries", 64)):
+        if rows > 8192:
+            continue
         q, k = bench_score.Problem("column_score", rows, tokens, HALF).tensors("cpu")
         lse = ops.attention_lse(q, k)
         found[name] = lambda _, q=q, k=k, lse=lse: ops.column_score(q, k, lse)  # type: ignore[misc]
@@ -133,9 +160,26 @@ def linear(tokens: int) -> Calls:
 
 
 FAMILIES = (
-    Family("decode", powers(10, 16), {"paged_decode": 1, "of 512 slots": 0, "sdpa": None}, decode),
-    Family("prefill", powers(8, 12), {"flash_prefill": 2, "8 blocks a row": 1, "sdpa": None}, prefill),
-    Family("score", powers(8, 12), {"column_score": 2, "of 64 queries": 1}, score),
+    Family("decode", powers(10, 17), {"paged_decode": 1, "of 512 slots": 0, "sdpa": None}, decode),
+    Family(
+        "decode_batch", powers(0, 6), {"paged_decode": 1, "sdpa": None}, decode_batch, "sequences of 4096"
+    ),
+    Family(
+        "decode_budget",
+        powers(6, 14),
+        {"paged_decode of listed slots": 1},
+        decode_budget,
+        "slots",
+    ),
+    Family("prefill", powers(8, 17), {"flash_prefill": 2, "8 blocks a row": 1, "sdpa": None}, prefill),
+    Family(
+        "prefill_density",
+        (3, 6, 12, 25, 50, 100),
+        {"flash_prefill of listed blocks": 1},
+        prefill_density,
+        "% of blocks",
+    ),
+    Family("score", powers(8, 17), {"column_score": 2, "of 64 queries": 1}, score),
     Family("kcenter", powers(9, 15), {"kcenter_greedy, 64 picks": 1}, kcenter),
     Family("topk", powers(12, 18), {"topk_select, a sixteenth": 1, "torch.topk, sort": None}, topk),
     Family("merge", powers(9, 13), {"cosine_match": 2, "merge_tokens": 1}, merge),
@@ -158,7 +202,7 @@ def measure(family: Family, largest: int | None) -> Curves:
         if largest is None or tokens <= largest:
             calls = family.calls(tokens)
             for name, call in calls.items():
-                call(0)
+                call(0)  # warms up
                 curves[name][tokens] = math.inf
             begin, turn = now(), 0
             while turn < 3 or (turn < 100 and now() - begin < BUDGET):
@@ -179,13 +223,20 @@ def order(curve: dict[int, float]) -> float:
 
 
 def table(found: dict[str, Curves]) -> Iterator[str]:
-    yield "| family | operator | tokens | ms | order | as designed |"
-    yield "|---|---|---|---|---:|---:|"
+    yield "| family | operator | along | from, to | ms | order | as designed |"
+    yield "|---|---|---|---|---|---:|---:|"
     for family in FAMILIES:
         for name, curve in found.get(family.name, {}).items():
             sizes, wanted = sorted(curve), family.orders[name]
-            times = f"{curve[sizes[0]] * 1e3:.3g} to {curve[sizes[-1]] * 1e3:.3g}"
-            cells = [family.name, name, f"{sizes[0]} to {sizes[-1]}", times, f"{order(curve):.2f}"]
+            span, times = f"{sizes[0]} to {sizes[-1]}", [f"{curve[n] * 1e3:.3g}" for n in sizes]
+            cells = [
+                family.name,
+                name,
+                family.along,
+                span,
+                f"{times[0]} to {times[-1]}",
+                f"{order(curve):.2f}",
+            ]
             yield "| " + " | ".join([*cells, "peer" if wanted is None else f"{wanted:g}"]) + " |"
 
 
@@ -206,11 +257,12 @@ def draw(found: dict[str, Curves], path: Path) -> None:
     columns = min(3, len(found))
     figure = Figure(figsize=(4.2 * columns, 3.4 * -(-len(found) // columns)), layout="constrained")
     FigureCanvasAgg(figure)
-    orders = {family.name: family.orders for family in FAMILIES}
-    for place, (family, curves) in enumerate(found.items()):
+    families = {family.name: family for family in FAMILIES}
+    for place, (name_of, curves) in enumerate(found.items()):
+        family = families[name_of]
         axes = figure.add_subplot(-(-len(found) // columns), columns, place + 1)
         for colour, (name, curve) in zip(COLOURS, curves.items(), strict=False):
-            sizes, wanted = sorted(curve), orders[family][name]
+            sizes, wanted = sorted(curve), family.orders[name]
             times = [curve[n] * 1e3 for n in sizes]
             style = "--" if wanted is None else "-"
             axes.plot(
@@ -221,12 +273,12 @@ def draw(found: dict[str, Curves], path: Path) -> None:
                 axes.plot(sizes, slope, ":", color=colour, alpha=0.6)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_title(family)
-        axes.set_xlabel("tokens")
+        axes.set_title(family.name)
+        axes.set_xlabel(family.along)
         axes.set_ylabel("ms of one processor")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle(f"time against tokens and fitted orders, {cpu_name()}, one thread")
+    figure.suptitle(f"time against size and fitted orders, {cpu_name()}, one thread")
     figure.savefig(path, dpi=100)
 
 
@@ -235,11 +287,12 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", help="families, separated by commas; default: all")
-    parser.add_argument("--largest", type=int, help="leave out sizes with more tokens")
+    parser.add_argument("--largest", type=int, help="leave out larger sizes")
     parser.add_argument("--out", type=Path, default=Path("build/scaling.png"))
     args = parser.parse_args()
     names = args.only.split(",") if args.only else [family.name for family in FAMILIES]
     found = {}
+    keep_freed_memory()
     with torch.no_grad(), threads(1), clock(processor=True):
         for family in FAMILIES:
             if family.name in names:

@@ -1,6 +1,8 @@
 """The benches' own tools: how noisy a time is, which ratios got worse, what a run writes."""
 
 import json
+import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from backends import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -44,6 +47,7 @@ def test_noise_is_what_odd_and_even_repeats_disagree_by(monkeypatch: pytest.Monk
     found = common.median_seconds(lambda _: None, "cpu", repeats=3)
     assert found == 3.0
     assert Row("f", "c", "n", found, 0.0, 0.0).noise == 0.5  # 2.5 and 4
+    assert common.estimate([2.0], min).noise == 0.0
 
 
 def test_clock_of_the_processor() -> None:
@@ -55,13 +59,34 @@ def test_clock_of_the_processor() -> None:
     assert common.median_seconds(lambda _: time.sleep(0.02), "cpu", repeats=3) > 0.01
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others do as they like")
+@pytest.mark.parametrize(("kept", "pages"), [(True, range(64)), (False, range(16384, 20000))])
+def test_freed_memory_stays_in_the_process(kept: bool, pages: range) -> None:
+    script = """
+import resource, sys
+sys.path.insert(0, "bench")
+import torch, common
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+if sys.argv[1] == "True":
+    assert common.keep_freed_memory()
+for _ in range(4):
+    torch.zeros(1 << 26, dtype=torch.int8)
+before = faults()
+torch.zeros(1 << 26, dtype=torch.int8)
+print(faults() - before)
+"""
+    options: Any = {"capture_output": True, "text": True, "check": True, "cwd": ROOT}
+    found = subprocess.run([sys.executable, "-c", script, str(kept)], **options)
+    assert int(found.stdout) in pages
+
+
 def test_results_are_one_line_a_row() -> None:
     text = common.document("cpu", CEILINGS, rows(1.0, 2.0, 0.25))
     found = json.loads(text)
     assert sum(line.startswith("  {") for line in text.splitlines()) == 2
     assert found["rows"][0] == {
         "family": "topk", "case": "small", "name": "tokencomp", "seconds": 1.0, "flops": 0.0, "bytes": 8e6,
-        "baseline": False, "tokens": 0.0, "held": 0.0, "noise": 0.25,
+        "baseline": False, "tokens": 0.0, "held": 0.0, "peak": 0.0, "noise": 0.25,
     }  # fmt: skip
     assert found["ceilings"]["copy_alone_gbytes"] == 20.0
     assert json.loads(common.document("cpu", CEILINGS, []))["rows"] == []
@@ -113,9 +138,19 @@ def test_check_reads_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_table_of_models_has_tokens_and_bytes() -> None:
-    found = common.table([Row("m", "prompt", "a", 0.5, 0.0, 0.0, tokens=100, held=3e6)], CEILINGS)
-    assert found.splitlines()[0] == "| case |  | ms | tokens/s | cache MB |"
-    assert found.splitlines()[2] == "| prompt | a | 500.000 | 200.0 | 3.00 |"
+    found = common.table([Row("m", "prompt", "a", 0.5, 0.0, 0.0, tokens=100, held=3e6, peak=5e6)], CEILINGS)
+    assert found.splitlines()[0] == "| case |  | ms | tokens/s | cache MB | peak MB |"
+    assert found.splitlines()[2] == "| prompt | a | 500.000 | 200.0 | 3.00 | 5 |"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell peaks")
+def test_peak_is_what_was_held_at_once_inside() -> None:
+    found: list[float] = []
+    with common.peak_bytes("cpu", found):
+        _ = torch.ones(1 << 24) + torch.ones(1 << 24)  # 64 MiB each
+    with common.peak_bytes("cpu", found):
+        torch.ones(1 << 23)
+    assert [round(size / 2**25) for size in found] == [6, 1]
 
 
 @pytest.fixture
@@ -180,14 +215,14 @@ def test_curves_that_are_too_steep(tmp_path: Path) -> None:
     assert scaling.too_steep({"decode": curves}) == []
     steep = {"decode": curves | {"of 512 slots": {n: 1e-6 * n for n in (1, 2, 4)}}}
     assert scaling.too_steep(steep) == ["decode: of 512 slots grows with order 1.00, designed for 0"]
-    assert "| decode | sdpa | 1 to 4 | 0.001 to 0.064 | 3.00 | peer |" in list(scaling.table(steep))
+    assert "| decode | sdpa | tokens | 1 to 4 | 0.001 to 0.064 | 3.00 | peer |" in list(scaling.table(steep))
     scaling.draw(steep, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes()[1:4] == b"PNG"
 
 
 @pytest.mark.parametrize("family", scaling.FAMILIES, ids=lambda family: family.name)
 def test_curves_of_a_family_run(family: scaling.Family) -> None:
-    calls = family.calls(512)
+    calls = family.calls(512 if family.along == "tokens" else family.sizes[0])
     assert list(calls) == list(family.orders)
     for call in calls.values():
         call(0)
@@ -195,13 +230,25 @@ def test_curves_of_a_family_run(family: scaling.Family) -> None:
 
 def test_model_from_prompt_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {name: bench_model.METHODS[name] for name in ("all kept", "KeyDiff, 25 %")}
-    small = {"LAYERS": 2, "STEPS": 3, "ROUNDS": 2, "METHODS": chosen}
-    for name, value in small.items():
+    small = bench_model.Stack("small", 128, 128, 2, 4, 2, (1024,), rounds=2)
+    changed = {"STEPS": 3, "METHODS": chosen, "stacks": lambda device, quick: [small]}
+    for name, value in changed.items():
         monkeypatch.setattr(bench_model, name, value)
     found = {(row.case[:6], row.name): row for row in bench_model.run("cpu", quick=True, checked=True)}
     assert found["answer", "tokencomp all kept"].tokens == 3
     exact, kept = (found["prompt", f"tokencomp {name}"].held for name in chosen)
-    of_a_token = 2 * 2 * bench_model.HKV * bench_model.D * 2  # keys and values of two layers
+    of_a_token = 2 * 2 * small.hkv * small.D * 2  # keys and values of two layers
     assert found["prompt", "DynamicCache"].held == of_a_token * (1024 + 3)
     assert found["prompt", "DynamicCache, float32"].held == 2 * found["prompt", "DynamicCache"].held
     assert kept < 0.5 * exact
+
+
+def test_stacks_have_the_sizes_they_are_named_for() -> None:
+    small, large = bench_model.stacks("cpu", quick=False)
+    assert (large.hidden, large.inner, large.hq, large.hkv, large.D) == (4096, 14336, 32, 8, 128)
+    assert bench_model.stacks("cuda", quick=False)[1].layers == 32
+    few = bench_model.contenders(None, whole=False)
+    assert [name for name in few if name.startswith("tokencomp")] == [
+        f"tokencomp {n}" for n in bench_model.FEW
+    ]
+    assert set(few) < set(bench_model.contenders(None, whole=small.whole))
