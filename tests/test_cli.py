@@ -125,6 +125,32 @@ def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(knob.help in said for knob in entry.knobs)
 
 
+def test_one_method_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "snapkv", "h2o"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("arXiv") == 2
+    assert "snapkv  (SnapKV, arXiv 2404.14469)" in said
+    assert cli.main(["methods", "h2o", "--json"]) == 0
+    assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == ["h2o"]
+    assert cli.main(["methods", "SnapKv"]) == 2
+    assert "got 'SnapKv'; did you mean 'snapkv'?" in capsys.readouterr().err
+
+
+def test_no_command_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    said = capsys.readouterr().err
+    assert "usage: python -m tokencomp" in said
+    assert "what fits" in said
+
+
+def test_an_old_pytorch_is_named(tmp_path: Path) -> None:
+    program = "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.9.1'); import tokencomp"
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stderr.splitlines()[-1] == "ImportError: tokencomp needs PyTorch >= 2.10, found 2.9.1"
+
+
 def test_operators_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["operators", "--json"]) == 0
     said = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
@@ -178,7 +204,7 @@ def test_a_missing_build_is_one_readable_error(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 1
-    assert "ImportError: tokencomp: the host module is not usable" in done.stderr
+    assert "ImportError: tokencomp: the native module is not usable" in done.stderr
     assert "pip install -e . --no-build-isolation" in done.stderr
 
 

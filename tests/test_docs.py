@@ -42,6 +42,10 @@ def test_block(code: str, printed: str | None, tmp_path: Path) -> None:
         assert without_times(run.stdout) == without_times(printed)
 
 
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").read_text().count("\n") <= 250
+
+
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
@@ -51,12 +55,24 @@ def test_links_lead_somewhere() -> None:
 def test_the_table_of_methods_is_that_of_the_registry() -> None:
     """``python -m tokencomp methods --markdown docs`` after a change."""
     assert (ROOT / "docs" / "methods.md").read_text() == methods_table.markdown()
+    readme = (ROOT / "README.md").read_text()
+    assert methods_table.MARKS[0] in readme
+    assert readme == methods_table.with_short(readme)
     pages = methods_table.pages()
     assert {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")} == set(pages)
     for group, page in pages.items():
         assert (ROOT / "docs" / "methods" / f"{group}.md").read_text() == page
+        assert page.count("\n") <= 400, f"{group}: make two groups of it"
     named = re.findall(r"^## (\w+)$", "".join(pages.values()), re.M)
     assert sorted(named) == sorted(entry.name for entry in methods.all_methods())
+
+
+def test_marks_are_filled_and_nothing_else_changes() -> None:
+    begin, end = methods_table.MARKS
+    filled = methods_table.with_short(f"a\n{begin}old\n{end}\nb\n")
+    assert filled == f"a\n{begin}\n{methods_table.short()}{end}\nb\n"
+    assert methods_table.with_short(filled) == filled
+    assert methods_table.with_short("no marks") == "no marks"
 
 
 def test_the_reference_of_operators_is_that_of_the_docstrings() -> None:

@@ -14,9 +14,11 @@ from tokencomp.eval import command
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="tokencomp", description="Token compression for Transformers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tokencomp", description="Token compression for Transformers. Begin with: demo"
+    )
     parser.add_argument("--version", action="version", version=f"tokencomp {tokencomp.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
     demo = commands.add_parser("demo", help="select tokens of two photographs and of the models that ship")
     demo.add_argument("--keep", type=float, default=0.1, help="share of tokens kept (default 0.1)")
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default out/)")
@@ -26,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     info.add_argument("--json", action="store_true", help="print JSON")
     known = commands.add_parser("methods", help="the compression methods and their knobs")
+    known.add_argument("name", nargs="*", help="of a method, such as snapkv (default: all)")
     form = known.add_mutually_exclusive_group()
     form.add_argument("--markdown", type=Path, metavar="FOLDER", help="write the tables, and a page a group")
     form.add_argument("--json", action="store_true", help="print JSON")
@@ -43,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest and args.command != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     if args.command == "demo":
         return _demo(args.keep, args.out, args.json)
     if args.command == "eval":
@@ -52,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "info":
         return _info(args.json)
     if args.command == "methods":
-        return _methods(args.markdown, args.json)
+        return _methods(args.name, args.markdown, args.json)
     if args.command == "operators":
         return _operators(args.markdown, args.json)
     return _bench(rest)
@@ -84,14 +90,24 @@ def _info(as_json: bool) -> int:
     return 0
 
 
-def _methods(folder: Path | None, as_json: bool) -> int:
+def _methods(names: list[str], folder: Path | None, as_json: bool) -> int:
+    try:
+        chosen = [methods.get(name) for name in names] or methods.all_methods()
+    except KeyError as error:
+        print(error.args[0], file=sys.stderr)
+        return 2
     if folder is not None:
         pages = {f"methods/{group}.md": page for group, page in methods_table.pages().items()}
+        readme = folder.resolve().parent / "README.md"
+        if readme.is_file() and (text := readme.read_text()) != (new := methods_table.with_short(text)):
+            readme.write_text(new)
+            print(f"wrote {readme}")
         return _write(folder, {"methods.md": methods_table.markdown(), **pages})
     if as_json:
-        print(json.dumps(methods_table.as_json(), indent=1))
+        wanted = {method.name for method in chosen}
+        print(json.dumps([entry for entry in methods_table.as_json() if entry["name"] in wanted], indent=1))
         return 0
-    for method in methods.all_methods():
+    for method in chosen:
         source = f"arXiv {method.paper}" if method.paper else "baseline"
         print(f"{method.name}  ({method.cls.__name__}, {source})")
         print(f"    {method.summary}")

@@ -14,6 +14,10 @@ GROUPS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "attention": ("What attention reads", lambda stage: stage == "attention"),
     "visual_tokens": (
         "Which visual tokens the language model gets",
+        lambda stage: stage.startswith("visual tokens") and "merges" not in stage,
+    ),
+    "visual_merging": (
+        "Which of them become one before it",
         lambda stage: stage.startswith("visual tokens"),
     ),
     "decoder_layers": (
@@ -33,6 +37,7 @@ Parts that are trained and whose weights are not public are left out: ATP-LLaVA'
 Remember, FLASH's anchors, SliME's resampler (its selector is `slime`), Landmark and Core-Context models
 (their attention on given weights is in `tokencomp.sparse`).
 """
+MARKS = ("<!-- methods: python -m tokencomp methods --markdown docs -->\n", "<!-- end -->")
 COLUMNS = "| name | class | source | what it does |\n|---|---|---|---|\n"
 
 
@@ -48,6 +53,20 @@ def markdown() -> str:
     """All tables."""
     tables = [f"## {GROUPS[group][0]}\n\n{COLUMNS}{_rows(group, mine)}" for group, mine in grouped().items()]
     return "\n".join([HEAD, *tables])
+
+
+def short() -> str:
+    """A line a group: the names of all classes."""
+    names = {group: ", ".join(f"`{m.cls.__name__}`" for m in mine) for group, mine in grouped().items()}
+    lines = [f"| [{GROUPS[group][0]}](docs/methods/{group}.md) | {names[group]} |" for group in names]
+    return "\n".join(["| | methods |", "|---|---|", *lines, ""])
+
+
+def with_short(text: str) -> str:
+    """``text`` with ``short()`` between its two marks; as it is where it has none."""
+    head, begin, rest = text.partition(MARKS[0])
+    _, end, tail = rest.partition(MARKS[1])
+    return head + begin + "\n" + short() + end + tail if end else text
 
 
 def pages() -> dict[str, str]:
