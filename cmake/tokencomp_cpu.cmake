@@ -9,12 +9,11 @@ list(FILTER cpu_sources EXCLUDE REGEX "_kernels\\.cpp$")
 # Sanitizers see each access of the scalar level, and nothing inside intrinsics: so they get that level alone.
 set(isa_levels scalar)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND NOT TOKENCOMP_SANITIZE)
-  set(isa_levels scalar avx2 avx512 avx512_bf16 amx)
+  set(isa_levels scalar avx2 avx512 avx512_bf16)
   target_compile_definitions(tokencomp_options INTERFACE TOKENCOMP_X86_ISAS)
   set(flags_avx2 -mavx2 -mfma -mf16c -DTOKENCOMP_AVX2)
   set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -DTOKENCOMP_AVX512)
   set(flags_avx512_bf16 ${flags_avx512} -mavx512bf16 -mavx512vnni -DTOKENCOMP_AVX512_BF16)
-  set(flags_amx ${flags_avx512_bf16} -mamx-tile -mamx-bf16 -mamx-int8 -DTOKENCOMP_AMX)
 endif()
 
 add_library(tokencomp_cpu SHARED csrc/ops.cpp ${cpu_sources})

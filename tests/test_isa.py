@@ -24,7 +24,7 @@ def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", LEVELS[:-1])  # the last one runs in all other tests
 def test_level_agrees_with_reference(level: str) -> None:
     done = run(level, str(SCRIPT), level)
     assert done.returncode == 0, done.stdout + done.stderr

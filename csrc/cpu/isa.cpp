@@ -3,27 +3,13 @@
 
 #include <cstdlib>
 #include <stdexcept>
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace tokencomp::cpu {
 namespace {
 
-constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 
 #if defined(__x86_64__)
-// Tile registers are off until the kernel grants them to the process (Linux 5.16 and later).
-bool tiles_permitted() {
-#ifdef __linux__
-  constexpr long kArchReqXcompPerm = 0x1023, kXfeatureTileData = 18;
-  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTileData) == 0;
-#else
-  return false;
-#endif
-}
-
 bool supported(Isa isa) {
   switch (isa) {
     case Isa::scalar:
@@ -35,9 +21,6 @@ bool supported(Isa isa) {
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case Isa::avx512_bf16:
       return supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-    case Isa::amx:
-      return supported(Isa::avx512_bf16) && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
-             tiles_permitted();
   }
   return false;
 }
@@ -60,7 +43,7 @@ Isa choose() {
 }  // namespace
 
 const char* name(Isa isa) {
-  constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
+  constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
   return kNames[int(isa)];
 }
 

@@ -7,21 +7,21 @@
 
 namespace tokencomp::cpu {
 
-enum class Isa { scalar, avx2, avx512, avx512_bf16, amx };
+enum class Isa { scalar, avx2, avx512, avx512_bf16 };
 
 const char* name(Isa isa);
 std::vector<Isa> compiled_isas();   // ascending
 std::vector<Isa> available_isas();  // compiled, and supported by this processor and operating system
 Isa active_isa();
 
-constexpr int kIsaCount = 5;
+constexpr int kIsaCount = 4;
 
 // A function `f` that exists once per compiled level, in the namespaces tokencomp::cpu::<level>:
 //   TOKENCOMP_FOR_EACH_ISA(declare it)        TOKENCOMP_ISA_TABLE(f) = {scalar::f, avx2::f, ...}, null where not
 //   compiled
 #if defined(TOKENCOMP_X86_ISAS)
-#define TOKENCOMP_FOR_EACH_ISA(X) X(scalar) X(avx2) X(avx512) X(avx512_bf16) X(amx)
-#define TOKENCOMP_ISA_TABLE(f) {scalar::f, avx2::f, avx512::f, avx512_bf16::f, amx::f}
+#define TOKENCOMP_FOR_EACH_ISA(X) X(scalar) X(avx2) X(avx512) X(avx512_bf16)
+#define TOKENCOMP_ISA_TABLE(f) {scalar::f, avx2::f, avx512::f, avx512_bf16::f}
 #else
 #define TOKENCOMP_FOR_EACH_ISA(X) X(scalar)
 #define TOKENCOMP_ISA_TABLE(f) {scalar::f}

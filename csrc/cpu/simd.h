@@ -1,4 +1,4 @@
-// One width-agnostic vector of floats for the CPU kernels, and the only place with x86 intrinsics (besides amx.h). A
+// One width-agnostic vector of floats for the CPU kernels, and the only place with x86 intrinsics. A
 // kernel file is compiled once per instruction-set level into its own namespace `tokencomp::cpu::TOKENCOMP_ISA`;
 // everything here is always inlined, so that no function compiled with wide flags can leak into another level.
 //
