@@ -253,13 +253,14 @@ def hf_mask(
         allow_is_causal_skip: whether None may be returned.
         kwargs: for the mask function of ``sdpa``.
     """
-    from transformers import masking_utils
+    # torch 2.10 compiles no import of a module out of transformers
+    from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
     if mask_function is None:
-        mask_function = masking_utils.causal_mask_function
+        mask_function = causal_mask_function
     known = isinstance(q_offset, int) and isinstance(kv_offset, int)
     aligned = known and q_offset + q_length == kv_offset + kv_length
-    mask: Tensor | None = masking_utils.sdpa_mask(
+    mask: Tensor | None = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask,
         allow_is_causal_skip=allow_is_causal_skip and aligned, **kwargs,
@@ -269,9 +270,9 @@ def hf_mask(
         return mask
     rows = keys = None
     window = _sliding_window(mask_function)
-    plain = window is not None or mask_function is masking_utils.causal_mask_function
+    plain = window is not None or mask_function is causal_mask_function
     if attention_mask is not None:
-        padding: Any = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        padding: Any = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         rows = padding[:, q_offset : q_offset + q_length]
         keys = padding[:, kv_offset : kv_offset + kv_length] if plain else None
     elif plain:

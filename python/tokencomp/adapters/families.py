@@ -5,6 +5,7 @@ A family is one small class: which layers are its own, and their forward in two 
 own forward.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def class_names(module: nn.Module) -> set[str]:
     return {cls.__name__ for cls in type(module).__mro__}
 
 
-class Family:
+class Family(ABC):
     """Base of all families: Hugging Face encoders whose attention goes through ``AttentionInterface``.
 
     Derive from it, set the attributes, write ``attend`` and ``feed``, and hand an instance to
@@ -51,13 +52,13 @@ class Family:
         """Whether the second token is a distillation token."""
         return getattr(root.embeddings, "distillation_token", None) is not None
 
+    @abstractmethod
     def attend(self, layer: Any, run: Run, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer up to the sum of residual and attention; the arguments are those of its forward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def feed(self, layer: Any, x: Tensor) -> Any:
         """The layer from there on."""
-        raise NotImplementedError
 
     def show(self, patches: Patches, layer: nn.Module, stack: Any) -> None:
         """Patch the layer's attention so that the run sees its queries and keys, and keys can have a bias."""

@@ -116,6 +116,8 @@ def attach(
         _switch_attention(stack)
     else:
         stack.patches.add(decoder, forward=_forward(type(decoder).forward, stack))
+    if model is not decoder and hasattr(type(model), "init_continuous_batching"):
+        stack.patches.add(model, init_continuous_batching=_no_batches)
     return stack
 
 
@@ -258,6 +260,14 @@ def _switch_attention(stack: Stack) -> None:
             stack.patches.add(module, **members)
     stack.chosen = [(view, IMPLEMENTATION) for view in views.values()]
     stack.chosen += [(config, config._attn_implementation) for config in configs.values()]
+
+
+def _no_batches(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Otherwise its background thread would log an error a request, and return nothing.
+    raise RuntimeError(
+        f"compress: generate_batch of {type(self).__name__} has a paged cache of its own, which cannot be "
+        "compressed; use generate, or remove() what compresses the model first"
+    )
 
 
 def _forward(forward: Callable[..., Any], stack: Stack) -> Callable[..., Any]:

@@ -1,12 +1,13 @@
 """What all that ``tokencomp.compress`` gives has in common: the model goes back as it was, once."""
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TypeVar
 
 Own = TypeVar("Own", bound="Restoring")
 
 
-class Restoring:
+class Restoring(ABC):
     """A model that was changed. A context manager: leaving it, also by an exception, restores the model."""
 
     _removed = False
@@ -28,5 +29,6 @@ class Restoring:
             self._restore()
             self._removed = True
 
+    @abstractmethod
     def _restore(self) -> None:
-        raise NotImplementedError
+        """What ``remove`` does, once."""

@@ -6,6 +6,7 @@ only those go on.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,7 @@ class _Watch:
 
 
 @dataclass
-class Cut:
+class Cut(ABC):
     """An encoder with a method between its layers; the base of the two ways encoders hold their patches.
 
     Attributes:
@@ -79,13 +80,13 @@ class Cut:
             hooks += self._hooks(number, layer)
         return hooks + self._behind()
 
+    @abstractmethod
     def survivors(self) -> Any:
         """The visual tokens that got through the last pass: ``[M, K]`` int32, or a list of such."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entering(self, layer: int) -> Any:
         """The patches that entered ``layer``, ``[M, n]`` int64, and of how many, or a list of such."""
-        raise NotImplementedError
 
     def flops(self) -> tuple[int, int]:
         """Floating-point operations of the layers in the last pass, and those without a cut."""
@@ -95,14 +96,17 @@ class Cut:
         dense = sum(tower_flops(layer, attention, lengths) for layer, attention, (_, lengths) in parts)
         return done, dense
 
+    @abstractmethod
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Before the tower's forward."""
 
+    @abstractmethod
     def _hooks(self, number: int, layer: nn.Module) -> list[Any]:
-        raise NotImplementedError
+        """On a layer."""
 
+    @abstractmethod
     def _behind(self) -> list[Any]:
-        raise NotImplementedError
+        """Hooks that put what is left into its places."""
 
     def _token_of(self, *size: int, device: torch.device) -> Tensor | None:
         """``[N]`` int64: the visual token of each patch of a crop of that size; None where each is one."""

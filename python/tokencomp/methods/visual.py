@@ -5,6 +5,7 @@ video. All crops of a batch have N tokens, in raster order of ``grid``. Methods 
 ``tokencomp.ops`` only; adapters (``adapters.vlm``) know models.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -173,14 +174,14 @@ def merged_into(x: Tensor, index: Tensor, target: Tensor, member: Tensor) -> Ten
     return ops.merge_tokens(x, token_map, index.shape[1])[0]
 
 
-class TopScore:
+class TopScore(ABC):
     """The body of methods that keep, in each crop, the tokens of largest score."""
 
     keep: float
 
+    @abstractmethod
     def score(self, view: VisualView) -> Tensor:
         """``[M, N]`` float32."""
-        raise NotImplementedError
 
     def choose(self, view: VisualView) -> VisualKeep:
         """See ``VisualMethod``."""
