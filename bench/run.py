@@ -13,6 +13,7 @@ import importlib
 import json
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -23,11 +24,11 @@ from common import (  # noqa: E402
     Ceilings,
     Row,
     arguments,
+    beside_ceilings,
     clock,
     document,
     keep_freed_memory,
     machine,
-    measure_ceilings,
     peers,
     table,
     threads,
@@ -38,7 +39,9 @@ def families() -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
 
 
-def markdown(device: str, ceilings: Ceilings, rows: list[Row], failed: list[str], *, quick: bool) -> str:
+def markdown(
+    device: str, ceilings: dict[str, Ceilings], rows: list[Row], failed: list[str], *, quick: bool
+) -> str:
     lines = [
         "# Results",
         "",
@@ -52,28 +55,42 @@ def markdown(device: str, ceilings: Ceilings, rows: list[Row], failed: list[str]
     lines += [f"- {key}: {value}" for key, value in machine(device).items()]
     lines += [
         f"- peers besides torch: {', '.join(f'{name} {version}' for name, version in peers().items())}",
-        f"- measured ceilings: copy {ceilings.copy_gbytes:.1f} GB/s, with one thread "
-        f"{ceilings.copy_alone_gbytes:.1f}, matrix product in float32 {ceilings.fp32_gflops:.0f} GFLOP/s, in "
-        f"bfloat16 {ceilings.bf16_gflops:.0f} GFLOP/s",
+        "- ceilings, measured before and behind each bench: a copy in GB/s, with all threads and with one; a "
+        "matrix product in GFLOP/s, in float32 and bfloat16",
         "- GB/s and GFLOP/s count the work of the plain loop: above a ceiling, work was avoided",
         "",
     ]
     for family in sorted({row.family for row in rows}):
-        lines += [f"## {family}", "", table([row for row in rows if row.family == family], ceilings), ""]
+        of = ceilings[family]
+        limits = (
+            f"copy {of.copy_gbytes:.1f}, alone {of.copy_alone_gbytes:.1f}; product {of.fp32_gflops:.0f}, "
+        )
+        lines += [f"## {family}", "", f"Ceilings: {limits}bfloat16 {of.bf16_gflops:.0f}.", ""]
+        lines += [table([row for row in rows if row.family == family], of), ""]
     return "\n".join(lines)
 
 
-def measure(names: list[str], device: str, *, quick: bool, checked: bool) -> tuple[list[Row], list[str]]:
-    """The rows of every bench, and the benches that failed, a failed check among them."""
+def measure(
+    names: list[str], device: str, *, quick: bool, checked: bool
+) -> tuple[list[Row], dict[str, Ceilings], list[str]]:
+    """The rows of every bench, the ceilings of every family, and the benches that failed, a failed check
+    among them.
+    """
     rows: list[Row] = []
+    ceilings: dict[str, Ceilings] = {}
     failed = []
     for name in names:
         try:
-            rows += importlib.import_module(f"bench_{name}").run(device, quick=quick, checked=checked)
+            bench = importlib.import_module(f"bench_{name}")
+            found, beside = beside_ceilings(device, partial(bench.run, device, quick=quick, checked=checked))
         except (Exception, SystemExit):
             traceback.print_exc()
             failed.append(name)
-    return rows, failed
+            continue
+        rows += found
+        for family in {row.family for row in found}:
+            ceilings[family] = beside.or_better(ceilings[family]) if family in ceilings else beside
+    return rows, ceilings, failed
 
 
 def write(file: Path, text: str) -> None:
@@ -96,8 +113,7 @@ def main() -> int:
     names = [name for name in names if name not in skipped]
     keep_freed_memory()
     with threads(args.threads), clock(processor=args.processor):
-        ceilings = measure_ceilings(args.device)
-        rows, failed = measure(names, args.device, quick=args.quick, checked=args.check)
+        rows, ceilings, failed = measure(names, args.device, quick=args.quick, checked=args.check)
         text = document(args.device, ceilings, rows)
         page = markdown(args.device, ceilings, rows, failed, quick=args.quick)
     kept = HERE / "results" / f"{args.device}.json"

@@ -50,7 +50,7 @@ class Target:
         rows = [r for r in document["rows"] if r["family"] == self.family and re.search(self.case, r["case"])]
         peers = {r["case"]: r for r in rows if r["name"] == self.than}
         found = [
-            self._ratio(r, peers.get(r["case"]), document["ceilings"])
+            self._ratio(r, peers.get(r["case"]), document["ceilings"][self.family])
             for r in rows
             if re.fullmatch(self.ours, r["name"]) and (self.kind == "share" or r["case"] in peers)
         ]

@@ -33,7 +33,7 @@ def rows(ours: float, peer: float, noise: float = 0.0) -> list[Row]:
 
 
 def document(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(common.document("cpu", CEILINGS, rows(*args, **kwargs)))
+    found: dict[str, Any] = json.loads(common.document("cpu", {"topk": CEILINGS}, rows(*args, **kwargs)))
     return found
 
 
@@ -48,6 +48,12 @@ def test_noise_is_what_odd_and_even_repeats_disagree_by(monkeypatch: pytest.Monk
     assert found == 3.0
     assert Row("f", "c", "n", found, 0.0, 0.0).noise == 0.5  # 2.5 and 4
     assert common.estimate([2.0], min).noise == 0.0
+
+
+def test_ceilings_are_the_higher_ones_of_before_and_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([Ceilings(40.0, 20.0, 150.0, 800.0), Ceilings(30.0, 25.0, 200.0, 700.0)])
+    monkeypatch.setattr(common, "measure_ceilings", lambda device: next(found))
+    assert common.beside_ceilings("cpu", lambda: 7) == (7, Ceilings(40.0, 25.0, 200.0, 800.0))
 
 
 def test_clock_of_the_processor() -> None:
@@ -81,15 +87,15 @@ print(faults() - before)
 
 
 def test_results_are_one_line_a_row() -> None:
-    text = common.document("cpu", CEILINGS, rows(1.0, 2.0, 0.25))
+    text = common.document("cpu", {"topk": CEILINGS}, rows(1.0, 2.0, 0.25))
     found = json.loads(text)
     assert sum(line.startswith("  {") for line in text.splitlines()) == 2
     assert found["rows"][0] == {
         "family": "topk", "case": "small", "name": "tokencomp", "seconds": 1.0, "flops": 0.0, "bytes": 8e6,
         "baseline": False, "tokens": 0.0, "held": 0.0, "peak": 0.0, "noise": 0.25,
     }  # fmt: skip
-    assert found["ceilings"]["copy_alone_gbytes"] == 20.0
-    assert json.loads(common.document("cpu", CEILINGS, []))["rows"] == []
+    assert found["ceilings"]["topk"]["copy_alone_gbytes"] == 20.0
+    assert json.loads(common.document("cpu", {}, []))["rows"] == []
 
 
 @pytest.mark.parametrize(
@@ -164,7 +170,7 @@ def benches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setitem(sys.modules, "bench_score", SimpleNamespace(run=fail))
     monkeypatch.setattr(run, "HERE", tmp_path / "bench")
     monkeypatch.setattr(run, "families", lambda: ["score", "topk"])
-    monkeypatch.setattr(run, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(common, "measure_ceilings", lambda device: CEILINGS)
     return tmp_path / "bench"
 
 

@@ -29,7 +29,7 @@ def document() -> dict[str, Any]:
         )
     ]
     machine = {"cpu": "c", "threads": "2", "clock": "wall", "date": "d"}
-    return {"machine": machine, "ceilings": {"bf16_gflops": 16.0, "copy_gbytes": 4.0}, "rows": rows}
+    return {"machine": machine, "ceilings": {"f": {"bf16_gflops": 16.0, "copy_gbytes": 4.0}}, "rows": rows}
 
 
 @pytest.mark.parametrize(
