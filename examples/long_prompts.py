@@ -6,7 +6,7 @@ python examples/long_prompts.py --model Qwen/Qwen2.5-0.5B-Instruct --tokens 1600
 
 import tokencomp
 import torch
-from shared import ask, chart, language_model, options
+from shared import ask, chart, language_model, options, run
 from tokencomp import methods
 
 METHODS = {
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

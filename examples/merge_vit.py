@@ -9,7 +9,7 @@ from typing import Any
 
 import tokencomp
 import torch
-from shared import options
+from shared import options, run
 from tokencomp import methods, zoo
 
 
@@ -74,4 +74,4 @@ def verdict(model: Any, logits: torch.Tensor, labels: torch.Tensor | None) -> st
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,7 +6,7 @@ python examples/quantize_kv_cache.py --model Qwen/Qwen2.5-0.5B-Instruct --tokens
 
 import tokencomp
 import torch
-from shared import ask, chart, language_model, options, own_bytes
+from shared import ask, chart, language_model, options, own_bytes, run
 from tokencomp import methods
 
 # The prompt is short, and so is the window of exact tokens; edges=0, since the model has but four layers.
@@ -45,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def options(about: str, model: str, **more: dict[str, Any]) -> argparse.Namespac
     found = parser.parse_args()
     found.out.mkdir(parents=True, exist_ok=True)
     return found
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run an example. What is not installed, found or supported ends it in one message, no traceback."""
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
 
 
 @dataclass(frozen=True)

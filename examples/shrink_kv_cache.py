@@ -6,7 +6,7 @@ python examples/shrink_kv_cache.py --model Qwen/Qwen2.5-0.5B-Instruct --tokens 4
 
 import tokencomp
 import torch
-from shared import ask, chart, language_model, options, own_bytes
+from shared import ask, chart, language_model, options, own_bytes, run
 from tokencomp import methods
 
 METHODS = {
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

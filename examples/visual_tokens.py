@@ -8,7 +8,7 @@ from typing import Any
 
 import tokencomp
 import torch
-from shared import options
+from shared import options, run
 from tokencomp import methods, zoo
 
 METHODS = {"ToDRE": methods.ToDRE, "DivPrune": methods.DivPrune, "every n-th": methods.StrideVisual}
@@ -83,4 +83,4 @@ def draw(given: Any, name: str, handle: Any, pixels: torch.Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -48,7 +48,7 @@ def test_methods_go_with_their_models() -> None:
         tokencomp.compress(decoder(), KeepAll(), dense=True)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="ToMe is a method of encoders, which take no page"):
         tokencomp.compress(tiny_models.vit(), methods.ToMe(r=2), page=16)  # type: ignore[call-overload]
-    with pytest.raises(KeyError, match="name must be one of"):
+    with pytest.raises(KeyError, match=r"got name 'h20' \(did you mean 'h2o'\?\), expected one of a2sf, "):
         methods.get("h20")
 
 

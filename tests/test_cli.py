@@ -125,6 +125,21 @@ def test_methods_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(knob.help in said for knob in entry.knobs)
 
 
+def test_the_installed_command_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert '\n[project.scripts]\ntokencomp = "tokencomp.__main__:run"\n' in project
+    from tokencomp.__main__ import run
+
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/tokencomp", "methods", "nothing like it"])
+    assert run() == 2
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/tokencomp", "no such command"])
+    with pytest.raises(SystemExit):
+        run()
+    assert "usage: tokencomp " in capsys.readouterr().err
+
+
 def test_one_method_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods", "snapkv", "h2o"]) == 0
     said = capsys.readouterr().out
@@ -133,7 +148,7 @@ def test_one_method_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["methods", "h2o", "--json"]) == 0
     assert [entry["name"] for entry in json.loads(capsys.readouterr().out)] == ["h2o"]
     assert cli.main(["methods", "SnapKv"]) == 2
-    assert "got 'SnapKv'; did you mean 'snapkv'?" in capsys.readouterr().err
+    assert "got name 'SnapKv' (did you mean 'snapkv'?), expected" in capsys.readouterr().err
 
 
 def test_no_command_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Every Python block of the README and of docs runs, and prints what stands below it."""
 
+import json
 import os
 import re
 import subprocess
@@ -15,31 +16,45 @@ BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```\n(.*?)```\n)?", re.S)
 NUMBERS = re.compile(r"\d+\.\d+ s\b|\d+\.\d+ ms\b")
 
 
-def blocks() -> list[object]:
-    found = []
-    for page in PAGES:
-        for i, match in enumerate(BLOCK.finditer(page.read_text())):
-            name = f"{page.relative_to(ROOT)}:{i}"
-            found.append(pytest.param(match[1], match[2], id=name))
-    return found
+# One process a page: importing takes longer than most blocks. Names, folder and seed are each block's own.
+RUN = """
+import contextlib, io, json, os, sys, torch
+torch.set_num_threads(2)
+seed, printed = torch.initial_seed(), []
+for number, code in enumerate(json.load(sys.stdin)):
+    torch.manual_seed(seed)
+    os.chdir(sys.argv[1])
+    os.mkdir(f"{number}")
+    os.chdir(f"{number}")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(compile(code, f"<block {number}>", "exec"), {"__name__": "__main__"})
+    printed.append(said.getvalue())
+json.dump(printed, sys.stdout)
+"""
+
+
+def blocks(page: Path) -> list[tuple[str, str | None]]:
+    """Code, and what it prints where that is shown."""
+    return [(match[1], match[2]) for match in BLOCK.finditer(page.read_text())]
 
 
 def without_times(text: str) -> str:
     return NUMBERS.sub("# s", text).strip()
 
 
-@pytest.mark.parametrize(("code", "printed"), blocks())
-def test_block(code: str, printed: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_blocks(page: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="models need the extra hf")
     pytest.importorskip("PIL", reason="pictures need the extra demo")
-    code = "import torch\ntorch.set_num_threads(2)\n" + code
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300,
+        [sys.executable, "-c", RUN, str(tmp_path)], capture_output=True, text=True, timeout=600,
+        input=json.dumps([code for code, _ in blocks(page)]),
         env={**os.environ, "PYTHONPATH": str(ROOT / "python")},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    if printed is not None:
-        assert without_times(run.stdout) == without_times(printed)
+    for (code, shown), printed in zip(blocks(page), json.loads(run.stdout), strict=True):
+        if shown is not None:
+            assert without_times(printed) == without_times(shown), code
 
 
 def test_the_readme_is_short() -> None:

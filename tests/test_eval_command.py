@@ -121,6 +121,19 @@ def test_command_reports_damaged_weights(
     assert "checksum" in capsys.readouterr().err
 
 
+def test_all_missing_extras_are_named_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("rich", "safetensors", "sklearn"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main(["eval", "--model", "digits-vit"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "eval needs rich, safetensors, scikit-learn: pip install 'tokencomp[eval,hf,demo]' ("
+    )
+    assert said.count("\n") == 1
+
+
 def test_importing_the_package_needs_no_extra() -> None:
     extras = "{'transformers', 'rich', 'matplotlib', 'sklearn'}"
     script = f"import sys, tokencomp.cli; print({extras} & set(sys.modules))"

@@ -1,6 +1,7 @@
 """The examples run, on models that ship and on a folder of Hugging Face, and draw pictures."""
 
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def test_example(run: Run, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in EXAMPLES if "vi" not in name])
 def test_example_with_its_own_settings(run: Run, name: str, tmp_path: Path) -> None:
     assert pictures(run(name), tmp_path)
+
+
+def test_what_is_not_there_is_said_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"^shrink_kv_cache: .*no/folder/of/models"):
+        run("shrink_kv_cache", "--model", "no/folder/of/models")
+    with pytest.raises(SystemExit, match=r"^merge_vit: --image "):
+        run("merge_vit", "--model", "no/folder/of/models")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        SystemExit, match=r"^shrink_kv_cache: zoo needs transformers: pip install 'tokencomp\[hf\]'"
+    ):
+        run("shrink_kv_cache")
 
 
 def test_language_model_of_a_folder(run: Run, tmp_path: Path) -> None:

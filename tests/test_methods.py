@@ -86,7 +86,9 @@ def test_registry_describes_every_knob() -> None:
         assert entry.summary.endswith(".")
         assert [k.name for k in entry.knobs] == [f.name for f in dataclasses.fields(entry.cls)]
         assert all(k.help for k in entry.knobs)
-    with pytest.raises(KeyError, match=r"methods: name must be one of .*'divprune'.*, got 'tomb'"):
+    with pytest.raises(
+        KeyError, match=r"got name 'tomb' \(did you mean 'tome'\?\), expected one of .* divprune,"
+    ):
         methods.get("tomb")
     with pytest.raises(ValueError, match="method name must be new, got 'divprune'"):
         base.register("divprune", paper="", stage="")(DivPrune)

@@ -69,6 +69,8 @@ def main(python: str, wheel: str) -> int:
             ["-c", CHECK, folder],
             ["-m", "tokencomp", "info"],
             ["-m", "tokencomp", "methods", "--json"],
+            [f"{folder}/bin/tokencomp", "--version"],
+            *([["-m", "tokencomp", "demo"]] if _demo_can_run(python) else []),
         ):
             done = subprocess.run(
                 [python, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False
@@ -82,7 +84,16 @@ def main(python: str, wheel: str) -> int:
     return 0
 
 
+def _demo_can_run(python: str) -> bool:
+    found = subprocess.run([python, "-c", "import sklearn, PIL"], capture_output=True, check=False)
+    if found.returncode:
+        print("demo: not tried, no scikit-learn or pillow")
+    return not found.returncode
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    sys.exit(main(shutil.which(sys.argv[1]) or sys.argv[1], str(Path(sys.argv[2]).absolute())))
+    sys.exit(
+        main(*(str(Path(p).absolute()) for p in (shutil.which(sys.argv[1]) or sys.argv[1], sys.argv[2])))
+    )

@@ -1,3 +1,5 @@
+"""``python -m tokencomp``, and the command ``tokencomp`` that an installation brings."""
+
 import os
 import sys
 

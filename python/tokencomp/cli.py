@@ -1,4 +1,4 @@
-"""The command line: ``python -m tokencomp demo | eval | plan | methods | operators | info | bench``."""
+"""The command line: ``tokencomp demo | eval | plan | methods | operators | info | bench``."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from tokencomp.eval import command
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m tokencomp", description="Token compression for Transformers. Begin with: demo"
+        prog=_called(), description="Token compression for Transformers. Begin with: demo"
     )
     parser.add_argument("--version", action="version", version=f"tokencomp {tokencomp.__version__}")
     commands = parser.add_subparsers(dest="command")
@@ -62,6 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.command == "operators":
         return _operators(args.markdown, args.json)
     return _bench(rest)
+
+
+def _called() -> str:
+    name = Path(sys.argv[0]).name
+    return name if name == "tokencomp" else "python -m tokencomp"
 
 
 def _demo(keep: float, out: Path, as_json: bool) -> int:

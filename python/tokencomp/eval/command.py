@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit status: 0; 1 for a missing extra or a damaged file; 2 for options that make no sense."""
     try:
-        need("rich")
-        if options.out:
-            need("matplotlib")
+        need(*_packages(options))
         budgets = _budgets(options.budgets)
         model, tasks = zoo.load(options.model)
         chosen = _chosen(options, tasks)
@@ -55,6 +53,11 @@ def run(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     return _run(options, model, chosen, names, budgets)
+
+
+def _packages(options: argparse.Namespace) -> list[str]:
+    drawn = ["matplotlib"] if options.out else []
+    return ["rich", *drawn, "transformers", "safetensors", *["sklearn"] * options.model.startswith("digits")]
 
 
 def _run(

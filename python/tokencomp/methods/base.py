@@ -97,9 +97,9 @@ def check_iterations(method: str, iterations: int) -> None:
 def get(name: str) -> Method:
     """The method registered as ``name``. Raises KeyError with the known names."""
     if name not in _registry:
-        like = get_close_matches(name.lower().replace("-", "_"), _registry, n=1, cutoff=0.7)
-        hint = f"; did you mean {like[0]!r}?" if like else ""
-        raise KeyError(f"methods: name must be one of {sorted(_registry)}, got {name!r}{hint}")
+        like = get_close_matches(name.lower().replace("-", "_"), _registry, n=1, cutoff=0.6)
+        hint = f" (did you mean {like[0]!r}?)" if like else ""
+        raise KeyError(f"methods: got name {name!r}{hint}, expected one of {', '.join(sorted(_registry))}")
     return _registry[name]
 
 
