@@ -203,7 +203,8 @@ def compress(
         newlines: which newline tokens behind rows of tiles stay: those of ``rows`` with a kept token, ``all``
             or ``none``.
         page: slots of a page, 16, 32 or 64; default 32 on a CPU, 64 on CUDA.
-        memory_limit: bytes that the pages of one cache never exceed, or ``"2GiB"``.
+        memory_limit: bytes that the pages of one cache never exceed, or ``"2GiB"``; while they are copied to
+            get more, the old ones come on top for a moment.
         chunks: when a prompt in several forwards is evicted from, whose last one is not known as such:
             ``each`` after each, which bounds memory; ``last`` at the first decode step, before it is stored.
         attention: ``paged``: ours, which reads pages; ``model``: the implementation the model has, which is

@@ -182,8 +182,8 @@ class Pool(Pages):
         value_width: Dv, channels of a value.
         dtype: of both.
         device: of the pages.
-        limit: bytes that are never exceeded, those of the quantized pages included; None: no limit. Or an
-            account that other pools have a share in.
+        limit: bytes that are never exceeded, those of the quantized pages included, but not those that are
+            copied from while a pool grows; None: no limit. Or an account that other pools have a share in.
         formats: types of quantized pages that slots of these pages are demoted to.
     """
 
