@@ -88,6 +88,7 @@ class Evicting:
         """``[B, Hkv, S]``, or ``[B, 1, S]`` for one set a layer, S >= ``view.size``: what slots are worth.
 
         Values at protected slots and beyond a row's length are not looked at. NaN and -inf go first.
+        Never called of a method that evicts nothing: that needs none.
         """
         raise NotImplementedError
 

@@ -31,7 +31,7 @@ class PromptMethod(Sparse):
 
     def lists(self, rows: PromptRows, layer: int) -> BlockLists | None:
         """What each query block of each head attends to; None: everything. The rows are kv heads of
-        sequences, with the query heads of their group.
+        sequences, with the query heads of their group. Not needed where ``choose_prompt`` is replaced.
         """
         raise NotImplementedError
 

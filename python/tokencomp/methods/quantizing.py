@@ -5,6 +5,7 @@ among those not quantized yet move into the lower tiers, in whole pages, from th
 token stays as it is; only ``Tiered`` lets tokens go.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +31,7 @@ EDGES_HELP = "first and last layers whose tiers have 4 bits at least"
 
 
 @dataclass(frozen=True)
-class Quantizing(Evicting):
+class Quantizing(Evicting, ABC):
     """Holds every token, all but the protected ones quantized: the oldest first, or those of least score."""
 
     budget = 1.0
@@ -50,9 +51,9 @@ class Quantizing(Evicting):
     # --- what subclasses say
 
     @property
+    @abstractmethod
     def specs(self) -> tuple[PageSpec, ...]:
         """Quantized tiers, the best first."""
-        raise NotImplementedError
 
     @property
     def scorer(self) -> Evicting | None:
